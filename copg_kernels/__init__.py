@@ -1,0 +1,1 @@
+"""Contrastive policy gradient with a fused language-model head."""
