@@ -1,0 +1,38 @@
+"""Package metadata and the requirements that depend on the platform. Tool settings are in pyproject.toml.
+
+Each lower bound is the oldest release the tests ran with (constraints/lowest.txt); constraints/tested.txt has
+the newest.
+"""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="copg-kernels",
+    version="0.1.0",
+    description="Contrastive policy gradient fused with the language-model head, with no logits in memory",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["copg_kernels", "copg_kernels.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.11",
+        # Triton has wheels for Linux only; elsewhere the torch backend runs the same schedules.
+        "triton>=3.6; sys_platform == 'linux'",
+        "numpy>=2.3",
+    ],
+    extras_require={
+        "train": ["transformers>=5.17", "tokenizers>=0.23.1", "safetensors>=0.8", "tqdm>=4.67"],
+        # No bound: it builds against the CUDA and torch it finds, and we have no tested release to name.
+        "flash": ["flash-attn"],
+        "bench": ["pytest>=8.4", "pytest-benchmark>=5.1", "matplotlib>=3.10", "tqdm>=4.67"],
+        "test": ["pytest>=8.4", "pytest-xdist>=3.8"],
+        # Apart from `test`, so that a machine without a network can run the tests with the packages it has.
+        "lint": ["ruff>=0.17.5", "mypy>=2.4.1"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
