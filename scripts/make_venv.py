@@ -23,6 +23,23 @@ import importlib.metadata, torch
 print(importlib.metadata.version("torch"), bool(torch.version.cuda or torch.version.hip))
 """
 
+# pip's own reader of requirements, as nothing else is sure to be there yet.
+LACKING = """
+import sys
+from importlib.metadata import PackageNotFoundError, requires, version
+from pip._vendor.packaging.requirements import Requirement
+extras = ["", *sys.argv[1].split(",")]
+for needed in map(Requirement, requires("copg-kernels")):
+    if needed.marker and not any(needed.marker.evaluate({"extra": extra}) for extra in extras):
+        continue
+    try:
+        met = needed.specifier.contains(version(needed.name), prereleases=True)
+    except PackageNotFoundError:
+        met = False
+    if not met:
+        print(f"{needed.name}{needed.specifier}")
+"""
+
 
 def torch_facts(python: str) -> tuple[str, bool]:
     """(version of the torch this Python imports, "" for none; whether it is a GPU build)."""
@@ -57,6 +74,20 @@ def pip_install(python: str, *pip_args: str) -> None:
         sys.exit("pip could not install what the project needs; its message is above")
 
 
+def install_what_base_lacks(python: str, extras: str, editable: list[str]) -> None:
+    # Without pip's resolver: it would also mend whatever the base is content to leave out.
+    pip_install(python, "--no-deps", *editable)
+    asked = subprocess.run([python, "-c", LACKING, extras], check=True, capture_output=True, text=True)
+    lacking = asked.stdout.split()
+    unfit = [requirement for requirement in lacking if requirement.startswith(("torch>", "triton>"))]
+    if unfit:
+        sys.exit(
+            f"{sys.executable} has a torch for GPUs, but not {' and '.join(unfit)}: set PYTHON= to another"
+        )
+    if lacking:
+        pip_install(python, *lacking)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Make the virtual environment and install the project into it."
@@ -71,16 +102,15 @@ def main() -> None:
     base_torch, share_base = torch_facts(sys.executable)
     python = create_venv(args.venv, share_base)
     # No isolation: the build then takes the setuptools that torch requires, and fetches nothing.
-    project = ["--no-build-isolation", "--editable", f"{ROOT}[{args.extras}]"]
+    editable = ["--no-build-isolation", "--editable", f"{ROOT}[{args.extras}]"]
     if share_base:
         print(f"sharing the packages of {sys.executable}: it has torch {base_torch} for GPUs", flush=True)
-        # Named, so that a torch too old is pip's error and not a second torch on top of it.
-        pip_install(python, f"torch=={base_torch}", *project)
+        install_what_base_lacks(python, args.extras, editable)
         return
     pip_install(python, "torch", "--constraint", args.constraints)
     _, is_gpu_build = torch_facts(python)
     triton = [] if is_gpu_build else ["--constraint", str(ROOT / "constraints" / "triton-cpu.txt")]
-    pip_install(python, *project, "--constraint", args.constraints, *triton)
+    pip_install(python, *editable, "--constraint", args.constraints, *triton)
 
 
 if __name__ == "__main__":
