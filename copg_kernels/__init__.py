@@ -1,1 +1,24 @@
-"""Contrastive policy gradient with a fused language-model head."""
+"""Contrastive policy gradient, and the losses around it, fused with the language-model head."""
+
+from copg_kernels import losses
+from copg_kernels.copg import (
+    CoPGLoss,
+    CoPGOutput,
+    copg_loss,
+    linear_copg_loss,
+    linear_sequence_loss,
+    sequence_logps,
+)
+from copg_kernels.linear_logps import linear_logps
+
+__version__ = "0.1.0"
+__all__ = [
+    "CoPGLoss",
+    "CoPGOutput",
+    "copg_loss",
+    "linear_copg_loss",
+    "linear_logps",
+    "linear_sequence_loss",
+    "losses",
+    "sequence_logps",
+]

@@ -1,0 +1,238 @@
+"""What is refused at the door: each error names the argument, what was expected and what came.
+
+Shapes, dtypes and devices are checked by the public functions, while tracing too. Values are checked where the real
+tensors are: on a CPU as a ValueError, on a GPU as a device assertion, which costs no synchronisation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from copg_kernels.kernels.language import INTERPRETING, triton
+from copg_kernels.schedules.workspace import default_workspace_bytes, least_workspace_bytes
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def resolve_backend(backend: str, hidden_states: Tensor) -> str:
+    """ "auto" -> "triton" on a GPU that has it, "torch" elsewhere; an explicit request is granted or refused."""
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f'backend must be "auto", "triton" or "torch", got {backend!r}')
+    if backend == "auto":
+        return "triton" if hidden_states.is_cuda and triton is not None and not INTERPRETING else "torch"
+    if backend == "triton" and triton is None:
+        raise ValueError('backend="triton" needs the triton package, which is not installed; use backend="torch"')
+    if backend == "triton" and not hidden_states.is_cuda and not INTERPRETING:
+        raise ValueError(
+            f'backend="triton" needs CUDA tensors, got hidden_states on {hidden_states.device}; use backend="torch", '
+            "or set TRITON_INTERPRET=1 before the first import to run the kernels in the interpreter"
+        )
+    if backend == "triton" and hidden_states.dtype == torch.float64:
+        raise TypeError(
+            'hidden_states must be float32, bfloat16 or float16 for backend="triton", got torch.float64'
+        )
+    return backend
+
+
+def check_head(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+    """Shapes, dtypes and devices of the head's operands."""
+    _require_tensor("hidden_states", hidden_states, _FLOATS)
+    _require_tensor("lm_head_weight", lm_head_weight, (hidden_states.dtype,), hidden_states.device)
+    _require_tensor("labels", labels, (torch.int64,), hidden_states.device)
+    if hidden_states.dim() < 2 or hidden_states.shape[-1] == 0:
+        raise ValueError(f"hidden_states must have shape (..., H) with H > 0, got {tuple(hidden_states.shape)}")
+    H = hidden_states.shape[-1]
+    if lm_head_weight.dim() != 2 or lm_head_weight.shape[1] != H or lm_head_weight.shape[0] == 0:
+        raise ValueError(f"lm_head_weight must have shape (V, H) = (V, {H}), got {tuple(lm_head_weight.shape)}")
+    if labels.shape != hidden_states.shape[:-1]:
+        raise ValueError(
+            f"labels must have the shape of hidden_states without its last dimension, "
+            f"{tuple(hidden_states.shape[:-1])}, got {tuple(labels.shape)}"
+        )
+    if bias is not None:
+        _require_tensor("bias", bias, (hidden_states.dtype,), hidden_states.device)
+        _require_shape("bias", bias, (lm_head_weight.shape[0],), "(V,)")
+
+
+def check_logit_options(logit_scale: float, softcap: float | None, temperature: float, sparse_eps: float | None) -> None:
+    """The scalars between x W^T and the softmax."""
+    if not (isinstance(logit_scale, int | float) and math.isfinite(logit_scale)):
+        raise ValueError(f"logit_scale must be a finite number, got {logit_scale!r}")
+    _require_positive("temperature", temperature)
+    if softcap is not None:
+        _require_positive("softcap", softcap)
+    if sparse_eps is not None:
+        raise ValueError(f"sparse_eps must be None: the sparse backward pass does not exist yet, got {sparse_eps!r}")
+
+
+def check_workspace(workspace_bytes: int | None, hidden_states: Tensor, num_rows: int, backend: str) -> int:
+    """The budget in bytes, refused when not even one tile fits."""
+    least = least_workspace_bytes(
+        num_rows, hidden_states.shape[-1], hidden_states.dtype, hidden_states.device, backend
+    )
+    if workspace_bytes is None:
+        return max(default_workspace_bytes(backend), least)
+    if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
+        raise TypeError(f"workspace_bytes must be an int or None, got {type(workspace_bytes).__name__}")
+    if workspace_bytes < least:
+        raise ValueError(
+            f"workspace_bytes must be at least {least} (one tile of all {num_rows} tokens), got {workspace_bytes}"
+        )
+    return workspace_bytes
+
+
+def completion_boundaries(hidden_states: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """(N + 1,) int32: cu_seqlens for packed tokens, equal rows for padded ones."""
+    if cu_seqlens is not None:
+        if labels.dim() != 1:
+            raise ValueError(f"labels must have shape (T,) when cu_seqlens is given, got {tuple(labels.shape)}")
+        _check_boundaries("cu_seqlens", cu_seqlens, labels.device)
+        return cu_seqlens
+    if labels.dim() != 2:
+        raise ValueError(
+            f"labels must have shape (B, L), or (T,) with cu_seqlens, got {tuple(labels.shape)} without cu_seqlens"
+        )
+    return torch.arange(labels.shape[0] + 1, dtype=torch.int32, device=hidden_states.device) * labels.shape[1]
+
+
+def group_boundaries(
+    num_sequences: int, group_size: int, cu_groups: Tensor | None, device: torch.device
+) -> Tensor:
+    """(G + 1,) int32: cu_groups for ragged groups, multiples of group_size for equal ones."""
+    if cu_groups is not None:
+        _check_boundaries("cu_groups", cu_groups, device)
+        return cu_groups
+    if isinstance(group_size, bool) or not isinstance(group_size, int):
+        raise TypeError(f"group_size must be an int, got {type(group_size).__name__}")
+    if group_size < 2:
+        raise ValueError(f"group_size must be at least 2 (a contrast needs another completion), got {group_size}")
+    if num_sequences == 0 or num_sequences % group_size:
+        raise ValueError(f"group_size must divide the number of completions, {num_sequences}, got {group_size}")
+    return torch.arange(0, num_sequences + 1, group_size, dtype=torch.int32, device=device)
+
+
+def check_completions(ref_logps: Tensor, rewards: Tensor, num_sequences: int, device: torch.device) -> None:
+    """One floating-point number per completion."""
+    for name, values in (("ref_logps", ref_logps), ("rewards", rewards)):
+        _require_tensor(name, values, _FLOATS, device)
+        _require_shape(name, values, (num_sequences,), "(N,), one per completion,")
+
+
+def check_loss_inputs(
+    logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float, group_size: int, cu_groups: Tensor | None
+) -> None:
+    """The arguments every loss on log-probabilities shares."""
+    _require_tensor("logps", logps, _FLOATS)
+    if logps.dim() != 1:
+        raise ValueError(f"logps must have shape (N,), got {tuple(logps.shape)}")
+    check_completions(ref_logps, rewards, logps.numel(), logps.device)
+    check_beta(beta)
+    group_boundaries(logps.numel(), group_size, cu_groups, logps.device)
+    if cu_groups is not None:
+        require_boundaries("cu_groups", cu_groups, logps.numel(), least_size=2)
+    require_finite("ref_logps", ref_logps)
+    require_finite("rewards", rewards)
+
+
+def check_old_logps(old_logps: Tensor, logps: Tensor, clip: float) -> None:
+    """What the clipped ratio needs besides."""
+    _require_tensor("old_logps", old_logps, _FLOATS, logps.device)
+    _require_shape("old_logps", old_logps, tuple(logps.shape), "of logps")
+    _require_positive("clip", clip)
+    require_finite("old_logps", old_logps)
+
+
+def check_token_logps(per_token_logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> None:
+    """The arguments of sequence_logps."""
+    _require_tensor("per_token_logps", per_token_logps, (torch.float32, torch.float64))
+    _require_tensor("labels", labels, (torch.int64,), per_token_logps.device)
+    _require_shape("labels", labels, per_token_logps.shape, "of per_token_logps")
+    completion_boundaries(per_token_logps, labels, cu_seqlens)
+
+
+def check_beta(beta: float) -> None:
+    """The strength of the regulariser."""
+    _require_positive("beta", beta)
+
+
+def require(condition: Tensor, message: str) -> None:
+    """Refuse values: a ValueError on a CPU, an asynchronous assertion on a GPU and in compiled code."""
+    if torch.compiler.is_compiling() or condition.is_cuda:
+        torch._assert_async(condition, message)
+    elif not condition:
+        raise ValueError(message)
+
+
+def require_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
+    """Labels are tokens of the vocabulary or ignore_index."""
+    valid = ((labels >= 0) & (labels < vocab_size)) | (labels == ignore_index)
+    came = "" if _on_gpu(labels) else f", got {_first(labels, ~valid)}"
+    require(valid.all(), f"labels must lie in [0, {vocab_size}) or be ignore_index = {ignore_index}{came}")
+
+
+def require_finite(name: str, values: Tensor) -> None:
+    """No NaN, no infinity."""
+    finite = values.isfinite()
+    came = "" if _on_gpu(values) else f", got {_first(values, ~finite)}"
+    require(finite.all(), f"{name} must be finite{came}")
+
+
+def require_boundaries(name: str, boundaries: Tensor, last: int, least_size: int) -> None:
+    """Boundaries start at 0, end at `last` and leave every segment at least `least_size` long."""
+    came = "" if _on_gpu(boundaries) else f", got {boundaries.tolist()[:16]}"
+    require(boundaries[0] == 0, f"{name} must start at 0{came}")
+    require(boundaries[-1] == last, f"{name} must end at {last}{came}")
+    smallest = "not decrease" if least_size == 0 else f"leave at least {least_size} completions in every group"
+    require((boundaries.diff() >= least_size).all(), f"{name} must {smallest}{came}")
+
+
+def require_nonempty(counts: Tensor) -> None:
+    """Averaging divides by the number of counted tokens."""
+    came = "" if _on_gpu(counts) else f", completion {_first_index(counts == 0)} has none"
+    require((counts > 0).all(), f"labels must leave every completion a counted token when averaging{came}")
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda or torch.compiler.is_compiling()
+
+
+def _first_index(wrong: Tensor) -> int:
+    return int(wrong.flatten().to(torch.uint8).argmax())
+
+
+def _first(values: Tensor, wrong: Tensor) -> str:
+    index = _first_index(wrong) if values.numel() else 0
+    return f"{values.flatten()[index].item() if values.numel() else None} at index {index}"
+
+
+def _require_tensor(
+    name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device | None = None
+) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on {device} like the other tensors, got {value.device}")
+
+
+def _require_shape(name: str, value: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if value.shape != shape:
+        raise ValueError(f"{name} must have shape {meaning} = {tuple(shape)}, got {tuple(value.shape)}")
+
+
+def _require_positive(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def _check_boundaries(name: str, boundaries: Tensor, device: torch.device) -> None:
+    _require_tensor(name, boundaries, (torch.int32,), device)
+    if boundaries.dim() != 1 or boundaries.numel() < 2:
+        raise ValueError(f"{name} must have shape (N + 1,) with N >= 1, got {tuple(boundaries.shape)}")

@@ -1,0 +1,317 @@
+"""Contrastive policy gradient: sequence log-probabilities, the loss on them, and both fused with the head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from copg_kernels import checks
+from copg_kernels.kernels.contrast import segment_sum
+from copg_kernels.linear_logps import linear_logps
+from copg_kernels.ops import linear_copg_op
+
+
+class CoPGOutput(NamedTuple):
+    """What a fused loss returns; only `loss` is differentiable."""
+
+    loss: Tensor
+    """(), mean over groups."""
+    logps: Tensor
+    """(N,) log pi(y|x), in nats: summed over the completion's tokens, or averaged."""
+    regularized_rewards: Tensor
+    """(N,) A = rewards - beta * log_ratios."""
+    log_ratios: Tensor
+    """(N,) logps - ref_logps; their mean over samples of the policy estimates the KL divergence."""
+
+
+def sequence_logps(
+    per_token_logps: Tensor,
+    labels: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    average: bool = False,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Log-probability of each completion: the sum (or mean) of its counted tokens' log-probabilities.
+
+        logps[i] = sum_{t in completion i, labels[t] != ignore_index} per_token_logps[t]   [/ number of such t]
+
+    Summed in float64 and rounded once: bfloat16 numbers near -1024 are 8 nats apart, float32 ones 1e-4.
+
+    Args:
+        per_token_logps: (B, L) padded, or (T,) packed; float32 or float64. The only differentiable argument.
+        labels: same shape, int64.
+        cu_seqlens: None for padded input; (N + 1,) int32 boundaries of the completions for packed input.
+        average: divide by the number of counted tokens (Grinsztajn et al., https://arxiv.org/abs/2406.19188).
+        ignore_index: label of tokens that do not count.
+
+    Returns:
+        (B,) or (N,), dtype of per_token_logps.
+
+    Raises:
+        TypeError, ValueError: shapes or dtypes disagree, cu_seqlens does not go from 0 to T without decreasing, or a
+            completion has no counted token and average is set.
+    """
+    checks.check_token_logps(per_token_logps, labels, cu_seqlens)
+    counted = labels != ignore_index
+    token_logps = per_token_logps.where(counted, 0.0).double()
+    if cu_seqlens is None:
+        sums, counts = token_logps.sum(1), counted.sum(1)
+    else:
+        checks.require_boundaries("cu_seqlens", cu_seqlens, labels.numel(), least_size=0)
+        sums, counts = segment_sum(token_logps, cu_seqlens), segment_sum(counted, cu_seqlens)
+    if average:
+        checks.require_nonempty(counts)
+        sums = sums / counts
+    return sums.to(per_token_logps.dtype)
+
+
+def copg_loss(
+    logps: Tensor,
+    ref_logps: Tensor,
+    rewards: Tensor,
+    *,
+    beta: float,
+    group_size: int = 2,
+    cu_groups: Tensor | None = None,
+) -> Tensor:
+    """Contrastive policy gradient over groups of completions of one prompt, in unit form.
+
+        A_i  = rewards_i - beta * (logps_i - ref_logps_i)
+        loss = mean over groups of  Var_unbiased(A) / (2 beta)  =  sum_{i > j} (A_i - A_j)^2 / (2 beta k (k - 1))
+
+    Its gradient with respect to logps_i is -(A_i - mean_{j != i} A_j) / k over the number of groups: minus the
+    leave-one-out (RLOO) policy gradient, but right for completions from any source, without importance weights. A
+    group whose A_i agree, as they do for the optimal policy pi proportional to pi_ref exp(R / beta), gives none. The
+    gradient's scale depends neither on beta nor on k. For k = 2 the paper sums over both members of the pair: twice this.
+
+    Args:
+        logps: (N,) floating point, log pi(y|x) in nats. The only differentiable argument.
+        ref_logps: (N,), the same completions under the reference policy.
+        rewards: (N,), any scale; adding a constant to a group changes nothing.
+        beta: strength of the KL regulariser, > 0, in units of reward per nat.
+        group_size: k >= 2 consecutive completions per prompt; divides N.
+        cu_groups: (G + 1,) int32 boundaries of ragged groups, instead of group_size.
+
+    Returns:
+        Scalar float32 (float64 for float64 logps).
+
+    Raises:
+        TypeError: a tensor is not floating point, or cu_groups is not int32.
+        ValueError: shapes differ, a group has fewer than two completions or does not fit N, rewards or ref_logps are not
+            finite, or beta <= 0.
+
+    Reference: Flet-Berliac et al., Contrastive Policy Gradient, EMNLP 2024, https://arxiv.org/abs/2406.19185.
+    """
+    checks.check_loss_inputs(logps, ref_logps, rewards, beta, group_size, cu_groups)
+    dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
+    log_ratios = logps.to(dtype) - ref_logps.detach().to(dtype)
+    regularized_rewards = rewards.detach().to(dtype) - beta * log_ratios
+    if cu_groups is None:
+        variances = regularized_rewards.view(-1, group_size).var(1, correction=1)
+    else:
+        sizes = cu_groups.diff().long()
+        group = torch.repeat_interleave(sizes, output_size=logps.numel())
+        means = (segment_sum(regularized_rewards, cu_groups) / sizes).to(dtype)
+        squares = segment_sum((regularized_rewards - means[group]) ** 2, cu_groups)
+        variances = (squares / (sizes - 1)).to(dtype)
+    return variances.mean() / (2 * beta)
+
+
+def linear_copg_loss(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    ref_logps: Tensor,
+    rewards: Tensor,
+    *,
+    beta: float,
+    group_size: int = 2,
+    cu_groups: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    average_logps: bool = False,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    sparse_eps: float | None = None,
+    workspace_bytes: int | None = None,
+    backend: str = "auto",
+) -> CoPGOutput:
+    """`copg_loss` straight from hidden states and the language-model head, without the logits.
+
+        loss = copg_loss(sequence_logps(linear_logps(hidden_states, lm_head_weight, labels)), ref_logps, rewards)
+
+    One kernel turns the rows' statistics into token log-probabilities, completions, regularised rewards, the loss and
+    every token's coefficient. The gradient reaches hidden_states, lm_head_weight and bias; see `linear_logps` for its
+    cost and memory, `copg_loss` for the equation. ref_logps that were computed by `linear_logps` and `sequence_logps`
+    with the same options cancel exactly where the policy is still the reference.
+
+    Args:
+        hidden_states: (B, L, H) padded, or (T, H) packed with cu_seqlens.
+        lm_head_weight: (V, H), same dtype.
+        labels: (B, L) or (T,) int64, aligned with hidden_states; ignore_index on prompt and padding.
+        ref_logps: (N,) floating point, under the reference policy; averaged if average_logps is set.
+        rewards: (N,) floating point.
+        beta, group_size, cu_groups: as in `copg_loss`.
+        cu_seqlens: (N + 1,) int32 boundaries of packed completions.
+        average_logps: mean instead of sum over a completion's tokens; beta then weighs a nat per token.
+        bias, logit_scale, softcap, temperature, ignore_index, sparse_eps, workspace_bytes, backend: as in `linear_logps`.
+
+    Returns:
+        CoPGOutput(loss, logps, regularized_rewards, log_ratios), float32.
+
+    Raises:
+        TypeError, ValueError: as `linear_logps`, `sequence_logps` and `copg_loss`; on a GPU the values of tensors are
+            checked by device assertions.
+
+    Reference: Flet-Berliac et al., Contrastive Policy Gradient, EMNLP 2024, https://arxiv.org/abs/2406.19185.
+    """
+    checks.check_head(hidden_states, lm_head_weight, labels, bias)
+    checks.check_logit_options(logit_scale, softcap, temperature, sparse_eps)
+    boundaries = checks.completion_boundaries(hidden_states, labels, cu_seqlens)
+    num_sequences = boundaries.numel() - 1
+    checks.check_completions(ref_logps, rewards, num_sequences, hidden_states.device)
+    checks.check_beta(beta)
+    groups = checks.group_boundaries(num_sequences, group_size, cu_groups, hidden_states.device)
+    backend = checks.resolve_backend(backend, hidden_states)
+    workspace = checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend)
+    dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+    loss, logps, regularized_rewards, log_ratios, *_ = linear_copg_op(
+        hidden_states.reshape(-1, hidden_states.shape[-1]),
+        lm_head_weight,
+        labels.reshape(-1),
+        bias,
+        ref_logps.detach().to(dtype).contiguous(),
+        rewards.detach().to(dtype).contiguous(),
+        boundaries,
+        groups,
+        float(beta),
+        average_logps,
+        float(logit_scale),
+        None if softcap is None else float(softcap),
+        float(temperature),
+        ignore_index,
+        workspace,
+        backend,
+    )
+    return CoPGOutput(loss, logps, regularized_rewards, log_ratios)
+
+
+def linear_sequence_loss(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    ref_logps: Tensor,
+    rewards: Tensor,
+    *,
+    loss: Callable[..., Tensor],
+    beta: float,
+    group_size: int = 2,
+    cu_groups: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    average_logps: bool = False,
+    ignore_index: int = -100,
+    **logits_options,
+) -> CoPGOutput:
+    """Any sequence-level loss straight from hidden states and the language-model head, without the logits.
+
+        loss(sequence_logps(linear_logps(hidden_states, lm_head_weight, labels)), ref_logps, rewards, beta=, group_size=)
+
+    Args:
+        loss: one of `copg_kernels.losses`, or the caller's own with the signature
+            (logps, ref_logps, rewards, *, beta, group_size) -> scalar. It is also given cu_groups where that is set;
+            further arguments are bound with functools.partial.
+        logits_options: bias, logit_scale, softcap, temperature, sparse_eps, workspace_bytes, backend of `linear_logps`.
+        The others: as in `linear_copg_loss`.
+
+    Returns:
+        CoPGOutput(loss, logps, regularized_rewards, log_ratios); all but loss detached.
+
+    Raises:
+        TypeError, ValueError: as `linear_copg_loss`, and what `loss` raises.
+    """
+    checks.check_head(hidden_states, lm_head_weight, labels, logits_options.get("bias"))
+    boundaries = checks.completion_boundaries(hidden_states, labels, cu_seqlens)
+    num_sequences = boundaries.numel() - 1
+    checks.check_completions(ref_logps, rewards, num_sequences, hidden_states.device)
+    checks.check_beta(beta)
+    checks.group_boundaries(num_sequences, group_size, cu_groups, hidden_states.device)
+    per_token_logps = linear_logps(
+        hidden_states, lm_head_weight, labels, ignore_index=ignore_index, **logits_options
+    )
+    logps = sequence_logps(
+        per_token_logps, labels, cu_seqlens=cu_seqlens, average=average_logps, ignore_index=ignore_index
+    )
+    groups = {"group_size": group_size} if cu_groups is None else {"cu_groups": cu_groups}
+    value = loss(logps, ref_logps.detach(), rewards.detach(), beta=beta, **groups)
+    log_ratios = logps.detach() - ref_logps.detach().to(logps.dtype)
+    regularized_rewards = rewards.detach().to(logps.dtype) - beta * log_ratios
+    return CoPGOutput(value, logps.detach(), regularized_rewards, log_ratios)
+
+
+class CoPGLoss(nn.Module):
+    """`linear_copg_loss` as a module, with the argument order of the ecosystem's fused losses.
+
+        output = CoPGLoss(beta=0.06, group_size=4)(lm_head.weight, hidden_states, labels, ref_logps, rewards)
+
+    Args: the keyword options of `linear_copg_loss`, but bias, cu_seqlens and cu_groups, which belong to the batch.
+    """
+
+    def __init__(
+        self,
+        beta: float,
+        group_size: int = 2,
+        average_logps: bool = False,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+        ignore_index: int = -100,
+        sparse_eps: float | None = None,
+        workspace_bytes: int | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.options = dict(
+            beta=beta,
+            group_size=group_size,
+            average_logps=average_logps,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            sparse_eps=sparse_eps,
+            workspace_bytes=workspace_bytes,
+            backend=backend,
+        )
+
+    def forward(
+        self,
+        lm_head_weight: Tensor,
+        hidden_states: Tensor,
+        labels: Tensor,
+        ref_logps: Tensor,
+        rewards: Tensor,
+        bias: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_groups: Tensor | None = None,
+    ) -> CoPGOutput:
+        """See `linear_copg_loss`; lm_head_weight comes first."""
+        return linear_copg_loss(
+            hidden_states,
+            lm_head_weight,
+            labels,
+            ref_logps,
+            rewards,
+            bias=bias,
+            cu_seqlens=cu_seqlens,
+            cu_groups=cu_groups,
+            **self.options,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())

@@ -1,0 +1,68 @@
+"""Block sizes of the head's GEMM tile, one visible table: device kind x bytes per operand element.
+
+The forward and the backward kernel read the same entry, so that both see bit-identical logits. The entries are
+chosen by compilation, not yet by timing on hardware: no register spills, shared memory within the device's limit, and
+the widest tensor-core instruction (`python -m tests.compile_report` prints what each one compiles to).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from copg_kernels.kernels.language import INTERPRETING
+
+
+class Blocks(NamedTuple):
+    """Tile of BLOCK_N rows x BLOCK_V vocabulary entries, contracted BLOCK_H at a time."""
+
+    BLOCK_N: int
+    BLOCK_V: int
+    BLOCK_H: int
+    num_warps: int
+    num_stages: int
+    tiles_per_split: int
+    """Vocabulary tiles one program walks through: fixed, so that no log-prob depends on the batch around it."""
+    use_tma: bool
+    precision: str
+    """`input_precision` of tl.dot: tf32x3 keeps float32 products on NVIDIA's tensor cores at float32 accuracy."""
+
+
+BLOCKS: dict[tuple[str, int], Blocks] = {
+    ("sm_80", 2): Blocks(128, 128, 64, 8, 3, 32, False, "ieee"),
+    ("sm_80", 4): Blocks(64, 64, 32, 4, 3, 64, False, "tf32x3"),
+    ("sm_90", 2): Blocks(128, 256, 64, 8, 3, 16, True, "ieee"),
+    ("sm_90", 4): Blocks(64, 64, 32, 4, 3, 64, False, "tf32x3"),
+    ("sm_100", 2): Blocks(128, 256, 64, 8, 3, 16, True, "ieee"),
+    ("sm_100", 4): Blocks(64, 64, 32, 4, 3, 64, False, "tf32x3"),
+    ("sm_120", 2): Blocks(128, 128, 32, 8, 4, 32, True, "ieee"),
+    ("sm_120", 4): Blocks(64, 64, 32, 4, 2, 64, False, "tf32x3"),
+    ("gfx942", 2): Blocks(128, 128, 64, 8, 2, 32, False, "ieee"),
+    ("gfx942", 4): Blocks(64, 64, 32, 4, 2, 64, False, "ieee"),
+    # Small tiles: a few hundred vocabulary entries already make several tiles and splits.
+    ("interpreter", 2): Blocks(16, 32, 32, 1, 1, 2, True, "ieee"),
+    ("interpreter", 4): Blocks(16, 32, 32, 1, 1, 2, False, "ieee"),
+}
+
+
+def device_kind(device: torch.device) -> str:
+    """The table's row for a device: the newest entry whose instructions and shared memory the device has."""
+    if INTERPRETING:
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx942"
+    capability = torch.cuda.get_device_capability(device)
+    if capability == (8, 0):
+        return "sm_80"
+    # 8.6, 8.9 and 12.x have 99 KiB of shared memory per block where 8.0 has 163; only 12.x has TMA.
+    return {9: "sm_90", 10: "sm_100", 12: "sm_120"}.get(capability[0], "sm_89")
+
+
+BLOCKS["sm_89", 2] = BLOCKS["sm_120", 2]._replace(use_tma=False)
+BLOCKS["sm_89", 4] = BLOCKS["sm_120", 4]
+
+
+def head_blocks(device: torch.device, dtype: torch.dtype) -> Blocks:
+    """The entry for operands of `dtype` on `device`."""
+    return BLOCKS[device_kind(device), dtype.itemsize]

@@ -1,0 +1,186 @@
+"""From partial row statistics to the CoPG loss in one launch, one program per group of completions.
+
+    logp_t  (merged splits)  ->  logps_i = sum or mean over the completion's counted tokens, summed in float64
+    A_i     = rewards_i - beta * (logps_i - ref_logps_i)
+    loss_g  = Var_unbiased(A) / (2 beta)
+    coefficients_i = dloss / dlogp_t for every counted token t of completion i
+                   = -(A_i - mean A) / ((k - 1) G)  [/ number of counted tokens, for means]
+
+which is -(A_i - leave-one-out mean) / (k G) written without the O(k^2) loop. Fixed order, every output written once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from copg_kernels.kernels.language import jit, tl, triton
+from copg_kernels.kernels.linear_logps_fwd import Partials
+from copg_kernels.kernels.merge_splits import merge_splits, merge_splits_fwd_torch
+from copg_kernels.kernels.pack_rows import PackedRows
+
+_BLOCK_T = 256
+_BLOCK_K = 32
+_NUM_WARPS = 4
+
+
+class Completions(NamedTuple):
+    """What is known of the completions besides their tokens."""
+
+    cu_seqlens: Tensor  # (N + 1,) int32
+    cu_groups: Tensor  # (G + 1,) int32
+    ref_logps: Tensor  # (N,) float32
+    rewards: Tensor  # (N,) float32
+    beta: float
+    average: bool
+
+
+class Contrast(NamedTuple):
+    """The outputs, float32."""
+
+    loss: Tensor  # ()
+    logps: Tensor  # (N,)
+    regularized_rewards: Tensor  # (N,)
+    log_ratios: Tensor  # (N,)
+    coefficients: Tensor  # (N,), dloss / dlogp of each token
+    per_token_logps: Tensor  # (T,)
+    lse: Tensor  # (T,)
+
+
+@jit
+def _contrast_kernel(
+    partial_max_ptr,  # (S, R) float32
+    partial_sum_ptr,  # (S, R) float32
+    label_logits_ptr,  # (R,) float32
+    position_ptr,  # (T,) int64
+    num_rows_ptr,  # (1,) int64
+    cu_seqlens_ptr,  # (N + 1,) int32
+    cu_groups_ptr,  # (G + 1,) int32
+    ref_logps_ptr,  # (N,) float32
+    rewards_ptr,  # (N,) float32
+    group_losses_ptr,  # (G,) float32, out
+    logps_ptr,  # (N,) float32, out
+    regularized_rewards_ptr,  # (N,) float32, out
+    log_ratios_ptr,  # (N,) float32, out
+    coefficients_ptr,  # (N,) float32, out
+    per_token_logps_ptr,  # (T,) float32, out
+    lse_ptr,  # (T,) float32, out
+    R,
+    num_splits,
+    beta,
+    AVERAGE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    group = tl.program_id(0)
+    num_groups = tl.num_programs(0)
+    num_rows = tl.load(num_rows_ptr)
+    first = tl.load(cu_groups_ptr + group)
+    last = tl.load(cu_groups_ptr + group + 1)
+
+    # 1. Token log-probs, their sum, and the regularised reward of each completion.
+    total_reward = tl.zeros((), dtype=tl.float64)
+    for i in range(first, last):
+        end = tl.load(cu_seqlens_ptr + i + 1)
+        token_sums = tl.zeros((BLOCK_T,), dtype=tl.float64)
+        token_counts = tl.zeros((BLOCK_T,), dtype=tl.int32)
+        for start in range(tl.load(cu_seqlens_ptr + i), end, BLOCK_T):
+            offs_t = start + tl.arange(0, BLOCK_T)
+            mask_t = offs_t < end
+            position = tl.load(position_ptr + offs_t, mask=mask_t, other=0)
+            counted = mask_t & (position < num_rows)
+            logp, lse = merge_splits(
+                partial_max_ptr, partial_sum_ptr, label_logits_ptr, position, counted, R, num_splits
+            )
+            tl.store(per_token_logps_ptr + offs_t, logp, mask=mask_t)
+            tl.store(lse_ptr + offs_t, lse, mask=mask_t)
+            token_sums += logp.to(tl.float64)
+            token_counts += counted.to(tl.int32)
+        logps = tl.sum(token_sums, 0)
+        per_token = 1.0
+        if AVERAGE:
+            count = tl.sum(token_counts, 0).to(tl.float64)
+            logps = logps / count
+            per_token = (1.0 / count).to(tl.float32)
+        # Rounded before the difference: at pi = pi_ref the stored ref_logps must cancel to exactly 0.
+        logps = logps.to(tl.float32)
+        log_ratio = logps - tl.load(ref_logps_ptr + i)
+        regularized_reward = tl.load(rewards_ptr + i) - beta * log_ratio
+        tl.store(logps_ptr + i, logps)
+        tl.store(log_ratios_ptr + i, log_ratio)
+        tl.store(regularized_rewards_ptr + i, regularized_reward)
+        tl.store(coefficients_ptr + i, per_token)
+        total_reward += regularized_reward.to(tl.float64)
+
+    # 2. The group's baseline, loss and coefficients. The barrier makes step 1's stores visible to the whole program.
+    tl.debug_barrier()
+    k = (last - first).to(tl.float64)
+    mean_reward = total_reward / k
+    square_sums = tl.zeros((BLOCK_K,), dtype=tl.float64)
+    for start in range(first, last, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < last
+        regularized_rewards = tl.load(regularized_rewards_ptr + offs_k, mask=mask_k, other=0.0)
+        centered = tl.where(mask_k, regularized_rewards.to(tl.float64) - mean_reward, 0.0)
+        square_sums += centered * centered
+        per_token = tl.load(coefficients_ptr + offs_k, mask=mask_k, other=0.0)
+        coefficients = per_token.to(tl.float64) * -centered / ((k - 1) * num_groups)
+        tl.store(coefficients_ptr + offs_k, coefficients.to(tl.float32), mask=mask_k)
+    loss = tl.sum(square_sums, 0) / ((k - 1) * 2.0 * beta)
+    tl.store(group_losses_ptr + group, loss.to(tl.float32))
+
+
+def contrast_fwd(partials: Partials, rows: PackedRows, completions: Completions) -> Contrast:
+    """Partials (S, R) of (T,) tokens in (N,) completions of (G,) groups -> loss, coefficients, log-probs."""
+    new = partials.max.new_empty
+    T, (num_splits, R) = rows.position.numel(), partials.max.shape
+    N, G = completions.rewards.numel(), completions.cu_groups.numel() - 1
+    group_losses = new((G,))
+    logps, regularized_rewards, log_ratios, coefficients = (new((N,)) for _ in range(4))
+    per_token_logps, lse = new((T,)), new((T,))
+    _contrast_kernel[(G,)](
+        partials.max, partials.sum, partials.label_logits, rows.position, rows.num_rows,
+        completions.cu_seqlens, completions.cu_groups, completions.ref_logps, completions.rewards,
+        group_losses, logps, regularized_rewards, log_ratios, coefficients, per_token_logps, lse,
+        R, num_splits, float(completions.beta),
+        AVERAGE=completions.average, BLOCK_T=_BLOCK_T, BLOCK_K=_BLOCK_K, num_warps=_NUM_WARPS,
+    )  # fmt: skip
+    return Contrast(
+        group_losses.mean(), logps, regularized_rewards, log_ratios, coefficients, per_token_logps, lse
+    )
+
+
+def contrast_fwd_torch(partials: Partials, rows: PackedRows, completions: Completions) -> Contrast:
+    """Twin of `contrast_fwd`."""
+    per_token_logps, lse = merge_splits_fwd_torch(partials, rows)
+    counted = (rows.position < rows.num_rows).double()
+    sums = segment_sum(per_token_logps, completions.cu_seqlens)
+    counts = segment_sum(counted, completions.cu_seqlens)
+    logps = (sums / counts if completions.average else sums).to(per_token_logps.dtype)
+    log_ratios = logps - completions.ref_logps
+    regularized_rewards = completions.rewards - completions.beta * log_ratios
+
+    sizes = completions.cu_groups.diff().long()
+    group = torch.repeat_interleave(sizes, output_size=logps.numel())
+    means = segment_sum(regularized_rewards, completions.cu_groups) / sizes
+    centered = regularized_rewards.double() - means[group]
+    group_losses = segment_sum(centered**2, completions.cu_groups) / ((sizes - 1) * 2 * completions.beta)
+    coefficients = -centered / ((sizes - 1)[group] * sizes.numel())
+    if completions.average:
+        coefficients = coefficients / counts
+    return Contrast(
+        group_losses.mean().to(logps.dtype),
+        logps,
+        regularized_rewards,
+        log_ratios,
+        coefficients.to(logps.dtype),
+        per_token_logps,
+        lse,
+    )
+
+
+def segment_sum(values: Tensor, cu_segments: Tensor) -> Tensor:
+    """(T,) values, (N + 1,) boundaries -> (N,) float64 sums, one segment after the other: one never disturbs the next."""
+    return torch.segment_reduce(values.double(), "sum", offsets=cu_segments.long(), axis=0)

@@ -1,0 +1,141 @@
+"""The gradient's tile for a slice of the vocabulary: softmax minus the label's one-hot, unscaled by any coefficient.
+
+    tile[r, v] = slope * (exp(z[r, v] - lse[r]) - 1[v = label[r]])       slope: the cap's derivative
+
+The label's column is expm1(logp), never a rounded probability minus one: for p > 0.99 that difference would keep no
+digit in bfloat16. Because the coefficient of a token stays outside, it multiplies a T x H operand instead of T x V.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from copg_kernels.kernels.blocks import head_blocks
+from copg_kernels.kernels.head import Head, logits_tile, logits_tile_torch, tile_arguments
+from copg_kernels.kernels.language import jit, tl, triton
+from copg_kernels.kernels.pack_rows import PackedRows
+
+# float16 flushes probabilities under 6e-8 to zero; the tile's entries are at most 1, so they can be stored larger.
+TILE_SCALE = {torch.float16: 2.0**14}
+
+
+@jit
+def _softmax_minus_label_kernel(
+    hidden_ptr,  # (T, H)
+    weight,  # (V, H), pointer or tensor descriptor
+    bias_ptr,  # (V,)
+    row_index_ptr,  # (R,) int64
+    labels_ptr,  # (R,) int64, packed
+    num_rows_ptr,  # (1,) int64
+    per_token_logps_ptr,  # (T,) float32
+    lse_ptr,  # (T,) float32
+    tile_ptr,  # (R, tile_width), out
+    R,
+    V,
+    H,
+    stride_hidden,
+    stride_weight,
+    logit_scale,
+    inv_softcap,
+    inv_temperature,
+    tile_scale,
+    first_tile,
+    tile_width,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP_N: tl.constexpr,
+):
+    # 1. GROUP_N row blocks share each slice of the weight while it is in L2.
+    pid = tl.program_id(0)
+    num_blocks = tl.cdiv(R, BLOCK_N)
+    num_tiles = tl.cdiv(tile_width, BLOCK_V)
+    group = pid // (GROUP_N * num_tiles)
+    group_size = tl.minimum(num_blocks - group * GROUP_N, GROUP_N)
+    pid_n = group * GROUP_N + pid % (GROUP_N * num_tiles) % group_size
+    tile = pid % (GROUP_N * num_tiles) // group_size
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_c = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    tile_ptrs = tile_ptr + offs_n.to(tl.int64)[:, None] * tile_width + offs_c[None, :]
+    mask_out = (offs_n < R)[:, None] & (offs_c < tile_width)[None, :]
+
+    # 2. The GEMMs that read the tile run over all R rows, so ignored ones must be 0.
+    num_rows = tl.load(num_rows_ptr)
+    if pid_n * BLOCK_N >= num_rows:
+        tl.store(tile_ptrs, tl.zeros((BLOCK_N, BLOCK_V), dtype=tile_ptr.dtype.element_ty), mask=mask_out)
+        return
+    mask_n = offs_n < num_rows
+    rows = tl.load(row_index_ptr + offs_n, mask=mask_n, other=0)
+    label = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1)
+
+    # 3. The forward's logits again, then the probabilities.
+    z, slope = logits_tile(
+        hidden_ptr, rows * stride_hidden, weight, bias_ptr, first_tile + tile, V, H, stride_weight,
+        logit_scale, inv_softcap, inv_temperature,
+        HAS_BIAS, HAS_CAP, USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
+    )  # fmt: skip
+    lse = tl.load(lse_ptr + rows, mask=mask_n, other=0.0)
+    logp = tl.load(per_token_logps_ptr + rows, mask=mask_n, other=0.0)
+    # expm1(x) = (exp(x) - 1) * x / log(exp(x)): the quotient undoes the rounding of exp(x) near x = 0.
+    p = tl.exp(logp)
+    exact = (p == 1.0) | (p < 0.5)
+    expm1 = tl.where(p == 1.0, logp, (p - 1.0) * tl.where(exact, 1.0, logp / tl.log(tl.where(exact, 2.0, p))))
+    offs_v = first_tile * BLOCK_V + offs_c
+    value = tl.where(offs_v[None, :] == label[:, None], expm1[:, None], tl.exp(z - lse[:, None])) * slope
+    value = tl.where(mask_n[:, None], value * tile_scale, 0.0)
+    tl.store(tile_ptrs, value.to(tile_ptr.dtype.element_ty), mask=mask_out)
+
+
+def softmax_minus_label(
+    hidden_states: Tensor,
+    head: Head,
+    rows: PackedRows,
+    per_token_logps: Tensor,
+    lse: Tensor,
+    start: int,
+    out: Tensor,
+) -> Tensor:
+    """(T, H), head (V, H), packed rows, (T,), (T,) -> out (R, width) = TILE_SCALE * tile[:, start : start + width]."""
+    blocks = head_blocks(hidden_states.device, hidden_states.dtype)
+    R, width = out.shape
+    assert start % blocks.BLOCK_V == 0 and out.is_contiguous()
+    num_programs = triton.cdiv(R, blocks.BLOCK_N) * triton.cdiv(width, blocks.BLOCK_V)
+    _softmax_minus_label_kernel[(num_programs,)](
+        row_index_ptr=rows.row_index,
+        labels_ptr=rows.labels,
+        num_rows_ptr=rows.num_rows,
+        per_token_logps_ptr=per_token_logps,
+        lse_ptr=lse,
+        tile_ptr=out,
+        R=R,
+        tile_scale=TILE_SCALE.get(out.dtype, 1.0),
+        first_tile=start // blocks.BLOCK_V,
+        tile_width=width,
+        GROUP_N=16,
+        **tile_arguments(hidden_states, head, blocks),
+    )
+    return out
+
+
+def softmax_minus_label_torch(
+    hidden_states: Tensor,
+    head: Head,
+    rows: PackedRows,
+    per_token_logps: Tensor,
+    lse: Tensor,
+    start: int,
+    out: Tensor,
+) -> Tensor:
+    """Twin: hidden_states are the packed rows (R, H) in the accumulation dtype."""
+    slope = logits_tile_torch(hidden_states, head, start, start + out.shape[1], out)
+    out.sub_(lse.index_select(0, rows.row_index).unsqueeze(1)).exp_()
+    labels = rows.labels - start
+    held = ((labels >= 0) & (labels < out.shape[1])).nonzero().squeeze(1)
+    out[held, labels[held]] = per_token_logps[rows.row_index[held]].expm1()
+    return out if slope is None else out.mul_(slope)

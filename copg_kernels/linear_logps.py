@@ -1,0 +1,82 @@
+"""Per-token log-probabilities of the language-model head without the logits."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from copg_kernels import checks
+from copg_kernels.ops import linear_logps_op
+
+
+def linear_logps(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    sparse_eps: float | None = None,
+    workspace_bytes: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Log-probability of each label under the softmax of the language-model head.
+
+        logits[t] = cap(logit_scale * (lm_head_weight hidden_states[t] + bias)) / temperature
+        cap(z)    = softcap * tanh(z / softcap)                                 (identity without softcap)
+        logp[t]   = logits[t, labels[t]] - log sum_v exp(logits[t, v])          (0 where labels[t] = ignore_index)
+
+    The [tokens, vocabulary] logits never exist: a GPU keeps them in registers, one tile at a time, and a CPU in a
+    bounded workspace. Products are summed in float32 and not rounded in between, so the log-probability of a whole
+    completion is right to about 1e-4 nat where bfloat16 logits are off by 0.1 to 1. The result is differentiable in
+    hidden_states, lm_head_weight and bias for any upstream gradient g: with P = softmax(logits),
+
+        dhidden_states[t]  = sum_v g[t] (1[v = labels[t]] - P[t, v]) dlogits[t, v]/dz * lm_head_weight[v]
+        dlm_head_weight[v] = sum_t g[t] (1[v = labels[t]] - P[t, v]) dlogits[t, v]/dz * hidden_states[t]
+
+    computed from recomputed logits in slices of the vocabulary (four head GEMMs in all, one without gradients).
+    Ignored rows take no part in the forward pass and get zero gradient. Equal calls give equal bits.
+
+    Args:
+        hidden_states: (..., H) float32, bfloat16 or float16 (float64 with backend="torch").
+        lm_head_weight: (V, H), same dtype.
+        labels: (...,) int64, already aligned: labels[t] is the token that hidden_states[t] predicts.
+        bias: (V,), same dtype, or None.
+        logit_scale: factor of the logits (Cohere's logit_scale, the inverse of Granite's logits_scaling).
+        softcap: Gemma's final_logit_softcapping, or None.
+        temperature: divisor of the logits, where the completions were sampled with one.
+        ignore_index: label of rows that do not count.
+        sparse_eps: None; a compacted backward pass does not exist yet.
+        workspace_bytes: budget for the backward pass's tile (and the twin's forward tile); by default 512 MiB on a
+            GPU and 64 MiB elsewhere. Above it, the backward pass needs the gradients themselves, a scaled copy of
+            hidden_states and, for 16-bit operands, their gradient in float32.
+        backend: "triton", "torch", or "auto": triton for CUDA tensors, torch elsewhere. A request is never replaced.
+
+    Returns:
+        (...,) float32, in nats (float64 for float64 operands).
+
+    Raises:
+        TypeError: an argument has another dtype than the ones above.
+        ValueError: shapes or devices disagree, a label lies outside [0, V) and is not ignore_index (on a GPU a device
+            assertion, so that nothing synchronises), a scalar is out of range, workspace_bytes does not hold one tile,
+            or the backend does not exist here.
+    """
+    checks.check_head(hidden_states, lm_head_weight, labels, bias)
+    checks.check_logit_options(logit_scale, softcap, temperature, sparse_eps)
+    backend = checks.resolve_backend(backend, hidden_states)
+    workspace = checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend)
+    per_token_logps, _ = linear_logps_op(
+        hidden_states.reshape(-1, hidden_states.shape[-1]),
+        lm_head_weight,
+        labels.reshape(-1),
+        bias,
+        float(logit_scale),
+        None if softcap is None else float(softcap),
+        float(temperature),
+        ignore_index,
+        workspace,
+        backend,
+    )
+    return per_token_logps.view(labels.shape)

@@ -1,0 +1,190 @@
+"""The schedules as torch.library operators: opaque to torch.compile, differentiable once, checked by opcheck.
+
+Values (labels in range, finite rewards, boundaries) are checked here, where tensors are real even under torch.compile.
+"""
+
+import torch
+from torch import Tensor
+
+from copg_kernels import checks
+from copg_kernels.kernels.contrast import Completions, segment_sum
+from copg_kernels.kernels.head import Head
+from copg_kernels.schedules import forward, recompute
+from copg_kernels.schedules.tile_ops import accumulation_dtype
+
+
+@torch.library.custom_op("copg_kernels::linear_logps", mutates_args=())
+def linear_logps_op(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    workspace_bytes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(T, H), (V, H), (T,) -> per_token_logps (T,), lse (T,)."""
+    checks.require_labels(labels, lm_head_weight.shape[0], ignore_index)
+    if labels.numel() == 0:
+        return _token_outputs(hidden_states)
+    return forward.token_logps(
+        _row_major(hidden_states),
+        Head(_row_major(lm_head_weight), bias, logit_scale, softcap, temperature),
+        labels,
+        ignore_index=ignore_index,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+    )
+
+
+@linear_logps_op.register_fake
+def _(hidden_states, lm_head_weight, labels, *options):
+    return _token_outputs(hidden_states)
+
+
+@torch.library.custom_op("copg_kernels::linear_logps_bwd", mutates_args=())
+def linear_logps_bwd_op(
+    dlogps: Tensor,
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    per_token_logps: Tensor,
+    lse: Tensor,
+    needs: list[bool],
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    workspace_bytes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(T,) upstream gradient -> gradients of hidden_states, lm_head_weight, bias; an empty tensor where not needed."""
+    gradients = recompute.token_logps_bwd(
+        dlogps.contiguous(),
+        _row_major(hidden_states),
+        Head(_row_major(lm_head_weight), bias, logit_scale, softcap, temperature),
+        labels,
+        per_token_logps,
+        lse,
+        recompute.Needs(*needs),
+        ignore_index=ignore_index,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+    )
+    return tuple(hidden_states.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+@linear_logps_bwd_op.register_fake
+def _(dlogps, hidden_states, lm_head_weight, labels, bias, per_token_logps, lse, needs, *options):
+    inputs = (hidden_states, lm_head_weight, bias)
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else hidden_states.new_empty(0)
+        for x, need in zip(inputs, needs, strict=True)
+    )
+
+
+def _linear_logps_setup(ctx, inputs, output):
+    hidden_states, lm_head_weight, labels, bias, *ctx.options = inputs
+    per_token_logps, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(hidden_states, lm_head_weight, labels, bias, per_token_logps, lse)
+
+
+def _linear_logps_backward(ctx, dlogps, _dlse):
+    dhidden, dweight, dbias = _token_gradients(ctx, dlogps, ctx.needs_input_grad[:2] + ctx.needs_input_grad[3:4])
+    return dhidden, dweight, None, dbias, *(None for _ in ctx.options)
+
+
+def _token_gradients(ctx, dlogps, needs):
+    hidden_states, lm_head_weight, labels, bias, per_token_logps, lse = ctx.saved_tensors[:6]
+    gradients = linear_logps_bwd_op(
+        dlogps, hidden_states, lm_head_weight, labels, bias, per_token_logps, lse, list(needs), *ctx.options
+    )
+    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+
+
+linear_logps_op.register_autograd(_linear_logps_backward, setup_context=_linear_logps_setup)
+
+
+@torch.library.custom_op("copg_kernels::linear_copg", mutates_args=())
+def linear_copg_op(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ref_logps: Tensor,
+    rewards: Tensor,
+    cu_seqlens: Tensor,
+    cu_groups: Tensor,
+    beta: float,
+    average_logps: bool,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    workspace_bytes: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> loss (), logps, regularized_rewards, log_ratios, coefficients (N,), per_token_logps, lse (T,)."""
+    checks.require_labels(labels, lm_head_weight.shape[0], ignore_index)
+    checks.require_boundaries("cu_seqlens", cu_seqlens, labels.numel(), least_size=0)
+    checks.require_boundaries("cu_groups", cu_groups, rewards.numel(), least_size=2)
+    checks.require_finite("ref_logps", ref_logps)
+    checks.require_finite("rewards", rewards)
+    if average_logps:
+        checks.require_nonempty(segment_sum(labels != ignore_index, cu_seqlens))
+    return tuple(
+        forward.copg(
+            _row_major(hidden_states),
+            Head(_row_major(lm_head_weight), bias, logit_scale, softcap, temperature),
+            labels,
+            Completions(cu_seqlens, cu_groups, ref_logps, rewards, beta, average_logps),
+            ignore_index=ignore_index,
+            workspace_bytes=workspace_bytes,
+            backend=backend,
+        )
+    )
+
+
+@linear_copg_op.register_fake
+def _(hidden_states, lm_head_weight, labels, bias, ref_logps, rewards, *options):
+    dtype = accumulation_dtype(hidden_states.dtype)
+    per_completion = (torch.empty_like(rewards, dtype=dtype) for _ in range(4))
+    return rewards.new_empty((), dtype=dtype), *per_completion, *_token_outputs(hidden_states)
+
+
+def _linear_copg_setup(ctx, inputs, output):
+    hidden_states, lm_head_weight, labels, bias, _, _, cu_seqlens, _, _, _, *ctx.options = inputs
+    _, *others = output
+    _, _, _, coefficients, per_token_logps, lse = others
+    ctx.mark_non_differentiable(*others)
+    ctx.save_for_backward(
+        hidden_states, lm_head_weight, labels, bias, per_token_logps, lse, coefficients, cu_seqlens
+    )
+
+
+def _linear_copg_backward(ctx, dloss, *_):
+    coefficients, cu_seqlens = ctx.saved_tensors[6:]
+    num_tokens = ctx.saved_tensors[2].numel()
+    per_token = torch.repeat_interleave(coefficients, cu_seqlens.diff(), output_size=num_tokens)
+    needs = ctx.needs_input_grad[:2] + ctx.needs_input_grad[3:4]
+    dhidden, dweight, dbias = _token_gradients(ctx, dloss * per_token, needs)
+    return dhidden, dweight, None, dbias, *(None for _ in range(6)), *(None for _ in ctx.options)
+
+
+linear_copg_op.register_autograd(_linear_copg_backward, setup_context=_linear_copg_setup)
+
+
+def _token_outputs(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(hidden_states.dtype)
+    shape = hidden_states.shape[:1]
+    return hidden_states.new_empty(shape, dtype=dtype), hidden_states.new_empty(shape, dtype=dtype)
+
+
+def _row_major(matrix: Tensor) -> Tensor:
+    """The tile operations take any row stride, but elements of a row side by side."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()

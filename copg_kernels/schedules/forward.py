@@ -1,0 +1,36 @@
+"""Log-probabilities and the contrastive loss: one unit of GEMM work, no logits kept."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from copg_kernels.kernels.contrast import Completions, Contrast
+from copg_kernels.kernels.head import Head
+from copg_kernels.schedules.tile_ops import counted_rows, tile_ops
+
+
+def token_logps(
+    hidden_states: Tensor, head: Head, labels: Tensor, *, ignore_index: int, workspace_bytes: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    """(T, H), (T,) -> per_token_logps (T,), lse (T,); 0 where ignored."""
+    ops = tile_ops(backend)
+    hidden_states, rows = counted_rows(hidden_states, labels, ignore_index, backend)
+    partials = ops.linear_logps_fwd(hidden_states, head, rows, workspace_bytes)
+    return ops.merge_splits_fwd(partials, rows)
+
+
+def copg(
+    hidden_states: Tensor,
+    head: Head,
+    labels: Tensor,
+    completions: Completions,
+    *,
+    ignore_index: int,
+    workspace_bytes: int,
+    backend: str,
+) -> Contrast:
+    """(T, H), (T,), completions -> loss, per-completion outputs, and what the backward pass needs."""
+    ops = tile_ops(backend)
+    hidden_states, rows = counted_rows(hidden_states, labels, ignore_index, backend)
+    partials = ops.linear_logps_fwd(hidden_states, head, rows, workspace_bytes)
+    return ops.contrast_fwd(partials, rows, completions)

@@ -1,0 +1,113 @@
+"""Gradients for any upstream gradient per token, by recomputing the logits: three units of GEMM work.
+
+    for each slice of the vocabulary, all tokens at once:
+        tile   = softmax - onehot of the slice          recomputed, in the workspace
+        dX    += tile W[slice]                          float32, scaled by the tokens' coefficients at the end
+        dW[slice] = tile^T (coefficient * X)            written once
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from copg_kernels.kernels.head import Head
+from copg_kernels.kernels.matmul import addmm_fp32_, mm_fp32
+from copg_kernels.kernels.softmax_minus_label import TILE_SCALE
+from copg_kernels.schedules.tile_ops import accumulation_dtype, counted_rows, operand_dtype, tile_ops
+from copg_kernels.schedules.workspace import slice_width
+
+
+class Needs(NamedTuple):
+    """Which gradients the caller wants."""
+
+    hidden_states: bool
+    weight: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """None where not wanted."""
+
+    hidden_states: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def token_logps_bwd(
+    dlogps: Tensor,
+    hidden_states: Tensor,
+    head: Head,
+    labels: Tensor,
+    per_token_logps: Tensor,
+    lse: Tensor,
+    needs: Needs,
+    *,
+    ignore_index: int,
+    workspace_bytes: int,
+    backend: str,
+) -> Gradients:
+    """(T,) upstream gradient of per_token_logps -> gradients of hidden states (T, H), weight (V, H), bias (V,)."""
+    ops, dtype = tile_ops(backend), hidden_states.dtype
+    accumulation, operand = accumulation_dtype(dtype), operand_dtype(dtype, backend)
+    packed, rows = counted_rows(hidden_states, labels, ignore_index, backend)
+    R, (V, H) = rows.row_index.numel(), head.weight.shape
+    coefficient, unit = _coefficients(dlogps.to(accumulation), labels != ignore_index, head.slope, operand)
+    packed_coefficient = coefficient.index_select(0, rows.row_index)
+
+    if R == 0:
+        inputs = (hidden_states, head.weight, head.bias)
+        return Gradients(*(torch.zeros_like(x) if need else None for x, need in zip(inputs, needs, strict=True)))
+
+    dhidden = hidden_states.new_zeros((R, H), dtype=accumulation) if needs.hidden_states else None
+    dweight = torch.empty_like(head.weight) if needs.weight else None
+    dbias = torch.empty_like(head.bias) if needs.bias else None
+    if needs.weight:
+        scaled_hidden = ops.scale_rows(hidden_states, rows.row_index, packed_coefficient, operand)
+
+    width = slice_width(workspace_bytes, R, (V, H), dtype, hidden_states.device, backend)
+    workspace = hidden_states.new_empty((R * width,), dtype=operand)
+    for start in range(0, V, width):
+        stop = min(start + width, V)
+        tile = workspace[: R * (stop - start)].view(R, stop - start)
+        ops.softmax_minus_label(packed, head, rows, per_token_logps, lse, start, tile)
+        if needs.hidden_states:
+            addmm_fp32_(dhidden, tile, head.weight[start:stop].to(operand))
+        if needs.weight:
+            _write_product(tile.T, scaled_hidden, unit, dweight[start:stop])
+        if needs.bias:
+            _write_product(tile.T, packed_coefficient.to(operand).unsqueeze(1), unit, dbias[start:stop, None])
+    if needs.hidden_states:
+        dhidden = ops.scale_rows(dhidden, rows.position, coefficient * unit, dtype)
+    return Gradients(dhidden, dweight, dbias)
+
+
+def _coefficients(
+    dlogps: Tensor, counted: Tensor, slope: float, operand: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Per-token factor of the tile, and the unit it is expressed in: coefficient * unit is the true one.
+
+    The minus is for the tile's sign. In float16 the coefficients, often 1e-4 and less, are taken relative to the power
+    of two above the largest, so that coefficient * X neither overflows nor underflows.
+    """
+    coefficient = torch.where(counted, dlogps * -slope, 0.0)
+    unit = coefficient.new_full((), 1 / TILE_SCALE.get(operand, 1.0))
+    if operand != torch.float16:
+        return coefficient, unit
+    exponent = torch.frexp(coefficient.abs().amax()).exponent
+    largest = torch.ldexp(torch.ones_like(unit), exponent)
+    return coefficient / largest, unit * largest
+
+
+def _write_product(a: Tensor, b: Tensor, unit: Tensor, out: Tensor) -> None:
+    """out = (a @ b) * unit, summed in the accumulation dtype and rounded to out's dtype once."""
+    product = out
+    if out.dtype != accumulation_dtype(out.dtype) or not out.is_contiguous():
+        product = out.new_empty(out.shape, dtype=accumulation_dtype(out.dtype))
+    mm_fp32(a, b, product)
+    if a.dtype in TILE_SCALE:
+        product.mul_(unit)
+    if product is not out:
+        out.copy_(product)

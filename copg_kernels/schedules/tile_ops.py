@@ -1,0 +1,72 @@
+"""The tile operations a schedule is made of, once as Triton kernels and once as their torch twins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from copg_kernels.kernels.blocks import head_blocks
+from copg_kernels.kernels.contrast import contrast_fwd, contrast_fwd_torch
+from copg_kernels.kernels.linear_logps_fwd import linear_logps_fwd, linear_logps_fwd_torch
+from copg_kernels.kernels.merge_splits import merge_splits_fwd, merge_splits_fwd_torch
+from copg_kernels.kernels.pack_rows import PackedRows, pack_rows
+from copg_kernels.kernels.scale_rows import scale_rows, scale_rows_torch
+from copg_kernels.kernels.softmax_minus_label import softmax_minus_label, softmax_minus_label_torch
+
+
+class TileOps(NamedTuple):
+    """One implementation of every tile operation."""
+
+    linear_logps_fwd: Callable
+    merge_splits_fwd: Callable
+    contrast_fwd: Callable
+    softmax_minus_label: Callable
+    scale_rows: Callable
+
+
+_TRITON = TileOps(linear_logps_fwd, merge_splits_fwd, contrast_fwd, softmax_minus_label, scale_rows)
+_TORCH = TileOps(
+    linear_logps_fwd_torch,
+    merge_splits_fwd_torch,
+    contrast_fwd_torch,
+    softmax_minus_label_torch,
+    scale_rows_torch,
+)
+
+
+def tile_ops(backend: str) -> TileOps:
+    """"triton" or "torch", already resolved."""
+    return {"triton": _TRITON, "torch": _TORCH}[backend]
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64 operands, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def operand_dtype(dtype: torch.dtype, backend: str) -> torch.dtype:
+    """What the GEMMs multiply: the operands themselves on tensor cores, the accumulation dtype in the twins."""
+    return dtype if backend == "triton" else accumulation_dtype(dtype)
+
+
+def counted_rows(
+    hidden_states: Tensor, labels: Tensor, ignore_index: int, backend: str
+) -> tuple[Tensor, PackedRows]:
+    """The rows as the backend's tile operations want them.
+
+    Kernels gather the counted rows themselves and read their number on the device; the twins get them packed.
+    """
+    if backend == "triton":
+        return hidden_states, pack_rows(labels, ignore_index, exact=False)
+    rows = pack_rows(labels, ignore_index, exact=True)
+    if rows.row_index.numel() < labels.numel():
+        hidden_states = hidden_states.index_select(0, rows.row_index)
+    return hidden_states.to(accumulation_dtype(hidden_states.dtype)), rows
+
+
+def vocab_step(device: torch.device, dtype: torch.dtype, backend: str) -> int:
+    """Slices of the vocabulary start at multiples of this."""
+    return head_blocks(device, dtype).BLOCK_V if backend == "triton" else 256
