@@ -1,0 +1,1 @@
+"""Offline CoPG training on completions with rewards; the entry point is `train/run.py`."""
