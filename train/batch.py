@@ -1,0 +1,114 @@
+"""From examples to a step's tensors: padded sequences for the transformer, packed rows for the head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from train.data import Example
+
+
+@dataclass(frozen=True)
+class Group:
+    """Token ids of a prompt and of its completions, EOS included, with rewards and reference log-probs."""
+
+    prompt_ids: list[int]
+    completion_ids: list[list[int]]
+    rewards: list[float]
+    ref_logps: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N completions of whole groups, padded to length L; T completion tokens, packed one after the other."""
+
+    input_ids: Tensor  # (N, L) int64, prompt + completion, padded on the right
+    attention_mask: Tensor  # (N, L) int64, 1 on tokens
+    positions: Tensor  # (T,) int64, where in the flattened (N * L) the state lies that predicts labels[t]
+    labels: Tensor  # (T,) int64
+    cu_seqlens: Tensor  # (N + 1,) int32, bounds of the completions in the packed rows
+    rewards: Tensor  # (N,) float32
+    ref_logps: Tensor  # (N,) float32, (0,) before the reference policy has been asked
+    group_sizes: list[int]
+
+
+def tokenize(
+    examples: Sequence[Example], tokenizer: Tokenizer, eos_id: int, max_prompt: int, max_completion: int
+) -> tuple[list[Group], int]:
+    """Groups of token ids, and how many prompts and completions were too long and have been cut.
+
+    A prompt keeps its last tokens, next to the completion; a completion its first ones, and then has no EOS.
+    """
+    groups, num_cut = [], 0
+    for example in examples:
+        prompt, *completions = (
+            encoding.ids
+            for encoding in tokenizer.encode_batch(
+                [example.prompt, *example.completions], add_special_tokens=False
+            )
+        )
+        completions = [ids + [eos_id] for ids in completions]
+        num_cut += (len(prompt) > max_prompt) + sum(len(ids) > max_completion for ids in completions)
+        cut = [ids[:max_completion] for ids in completions]
+        groups.append(Group(prompt[-max_prompt:], cut, example.rewards))
+    return groups, num_cut
+
+
+def pack(groups: Sequence[Group], pad_id: int, device: torch.device) -> Batch:
+    """The batch of these groups, in their order."""
+    pairs = [(group.prompt_ids, ids) for group in groups for ids in group.completion_ids]
+    sequences = [torch.tensor(prompt + completion) for prompt, completion in pairs]
+    input_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad_id)
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    max_length = input_ids.shape[1]
+    # Token j of a completion is predicted by the state one place before it.
+    positions = [
+        torch.arange(len(completion)) + row * max_length + len(prompt) - 1
+        for row, (prompt, completion) in enumerate(pairs)
+    ]
+    cu_seqlens = [0, *accumulate(len(completion) for _, completion in pairs)]
+    return Batch(
+        input_ids=input_ids.to(device),
+        attention_mask=(torch.arange(max_length) < lengths[:, None]).long().to(device),
+        positions=torch.cat(positions).to(device),
+        labels=torch.tensor([token for _, ids in pairs for token in ids], device=device),
+        cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32, device=device),
+        rewards=torch.tensor([r for group in groups for r in group.rewards], device=device),
+        ref_logps=torch.tensor([logp for group in groups for logp in group.ref_logps], device=device),
+        group_sizes=[len(group.completion_ids) for group in groups],
+    )
+
+
+def group_arguments(batch: Batch) -> dict[str, int | Tensor]:
+    """`group_size` where all groups are equal, `cu_groups` where they are ragged."""
+    sizes = batch.group_sizes
+    if min(sizes) == max(sizes):
+        return {"group_size": sizes[0]}
+    edges = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=batch.rewards.device)
+    return {"cu_groups": edges}
+
+
+def step_indices(step: int, num_groups: int, prompts_per_step: int, seed: int) -> list[int]:
+    """The groups of a step: a new permutation per epoch, its incomplete last batch left out.
+
+    A function of the step alone, so the step number is the whole position in the data.
+    """
+    batch_size = min(prompts_per_step, num_groups)
+    epoch, place = divmod(step, num_groups // batch_size)
+    order = torch.randperm(num_groups, generator=torch.Generator().manual_seed(seed + epoch))
+    return order[place * batch_size : (place + 1) * batch_size].tolist()
+
+
+def split_heldout(groups: list[Group], heldout: int, seed: int) -> tuple[list[Group], list[Group]]:
+    """(training groups, held-out groups), by a permutation that depends on the seed alone."""
+    num_heldout = min(heldout, max(1, len(groups) // 4))
+    if num_heldout >= len(groups):
+        raise ValueError(f"training and evaluation need at least 2 prompts, got {len(groups)}")
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
+    shuffled = [groups[i] for i in order]
+    return shuffled[num_heldout:], shuffled[:num_heldout]
