@@ -1,0 +1,128 @@
+"""The contestants. Each gives two callables on the same inputs, and the benchmark runs two passes with them.
+
+    log-probs          log_probs(inputs) -> (T,) token log-probabilities, under no_grad
+    loss+gradients     loss(inputs) -> scalar, to be differentiated in hidden_states and lm_head_weight
+
+A provider that only offers token log-probabilities gets the CoPG loss from `composed`, the same for all.
+`LOADERS` maps a name to a function that makes the provider, or raises ImportError with the reason it cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.inputs import BenchInputs
+
+PASSES = ("log-probs", "loss+gradients")
+TokenLogps = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden_states, lm_head_weight, labels -> (T,)
+
+
+class Provider(NamedTuple):
+    log_probs: Callable[[BenchInputs], Tensor]
+    loss: Callable[[BenchInputs], Tensor]
+    compiles_per_shape: bool = False
+
+
+def composed(token_logps: TokenLogps) -> Provider:
+    """Sequence sums and CoPG in plain PyTorch on top of differentiable token log-probabilities."""
+
+    def log_probs(inputs: BenchInputs) -> Tensor:
+        return token_logps(inputs.hidden_states, inputs.lm_head_weight, inputs.labels)
+
+    def loss(inputs: BenchInputs) -> Tensor:
+        logps = log_probs(inputs).view(len(inputs.rewards), -1).sum(1)  # completions have one length
+        regularized_rewards = inputs.rewards - inputs.beta * (logps - inputs.ref_logps)
+        return regularized_rewards.view(-1, inputs.group_size).var(1).mean() / (2 * inputs.beta)
+
+    return Provider(log_probs, loss)
+
+
+def bind(provider: Provider, inputs: BenchInputs) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """The two passes as calls without arguments, each returning all that it hands to its caller."""
+
+    def log_probs() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (provider.log_probs(inputs),)
+
+    def loss_and_gradients() -> tuple[Tensor, ...]:
+        loss = provider.loss(inputs)
+        return torch.autograd.grad(loss, (inputs.hidden_states, inputs.lm_head_weight))
+
+    return dict(zip(PASSES, (log_probs, loss_and_gradients), strict=True))
+
+
+def eager_token_logps(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor) -> Tensor:
+    """What trainers do: logits in the dtype of the model, softmax in fp32."""
+    logits = F.linear(hidden_states, lm_head_weight)
+    return logits.float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+
+def load_eager() -> Provider:
+    return composed(eager_token_logps)
+
+
+def load_compiled_eager() -> Provider:
+    eager = load_eager()
+    # Every shape is compiled for itself: sizes known to the compiler are the stronger baseline.
+    torch.compiler.reset()
+    return Provider(
+        torch.compile(eager.log_probs, dynamic=False),
+        torch.compile(eager.loss, dynamic=False),
+        compiles_per_shape=True,
+    )
+
+
+def load_torch_linear_cross_entropy() -> Provider:
+    """PyTorch's own chunked head, in chunks of 64 MiB (CPU) or 256 MiB (GPU) of fp32 logits.
+
+    The chunks it picks by itself hold 2 to 16 rows at our CPU shapes, which costs it a factor of 3 to 20.
+    """
+    options_class = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if options_class is None:
+        raise ImportError(f"torch {torch.__version__} has no chunked F.linear_cross_entropy")
+
+    def token_logps(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor) -> Tensor:
+        num_logits = 2**26 if hidden_states.is_cuda else 2**24
+        options = options_class(batch_chunk_size=max(1, num_logits // len(lm_head_weight)))
+        losses = F.linear_cross_entropy(
+            hidden_states, lm_head_weight, labels, reduction="none", options=options
+        )
+        return -losses.float()
+
+    return composed(token_logps)
+
+
+def load_ours() -> Provider:
+    from copg_kernels import linear_copg_loss, linear_logps
+
+    def log_probs(inputs: BenchInputs) -> Tensor:
+        return linear_logps(inputs.hidden_states, inputs.lm_head_weight, inputs.labels)
+
+    def loss(inputs: BenchInputs) -> Tensor:
+        return linear_copg_loss(
+            inputs.hidden_states,
+            inputs.lm_head_weight,
+            inputs.labels,
+            inputs.ref_logps,
+            inputs.rewards,
+            beta=inputs.beta,
+            group_size=inputs.group_size,
+            cu_seqlens=inputs.cu_seqlens,
+        ).loss
+
+    return Provider(log_probs, loss)
+
+
+OURS = "copg-kernels"
+EAGER = "eager"
+LOADERS: dict[str, Callable[[], Provider]] = {
+    EAGER: load_eager,
+    "compiled eager": load_compiled_eager,
+    "torch linear_cross_entropy": load_torch_linear_cross_entropy,
+    OURS: load_ours,
+}

@@ -1,0 +1,47 @@
+"""Results of bench/run.py as Markdown, for the README.
+
+python bench/report.py [results.json]          without a path: the newest under bench/results/
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.provenance import ROOT, source_sha256
+from bench.tables import markdown
+
+
+def report(results: dict[str, Any], present_sha256: str) -> str:
+    """The tables with where they come from; says so if copg_kernels/ is no longer what was measured."""
+    origin = results["provenance"]
+    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+    lines = [f"{origin['device']}; {versions}; {origin['date'][:10]}; `{origin['command']}`"]
+    if origin["source_sha256"] != present_sha256:
+        lines += [
+            "",
+            f"**Out of date**: measured at commit {origin['commit'][:12]}; copg_kernels/ has changed since.",
+        ]
+    return "\n\n".join(["\n".join(lines), *(markdown(table) for table in results["tables"])])
+
+
+def newest(folder: Path) -> Path:
+    """The file with the latest date inside: a checkout does not keep file times."""
+    files = list(folder.rglob("results.json"))
+    if not files:
+        sys.exit(f"no results.json under {folder}: run python bench/run.py first")
+    return max(files, key=lambda path: json.loads(path.read_text())["provenance"]["date"])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, nargs="?", help="what bench/run.py --json wrote")
+    results_file = parser.parse_args().results or newest(ROOT / "bench" / "results")
+    print(report(json.loads(results_file.read_text()), source_sha256()))
