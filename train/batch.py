@@ -35,6 +35,7 @@ class Batch:
     rewards: Tensor  # (N,) float32
     ref_logps: Tensor  # (N,) float32, (0,) before the reference policy has been asked
     group_sizes: list[int]
+    cu_groups: Tensor | None  # (G + 1,) int32, bounds of ragged groups; None where all are of group_sizes[0]
 
 
 def tokenize(
@@ -61,6 +62,7 @@ def tokenize(
 
 def pack(groups: Sequence[Group], pad_id: int, device: torch.device) -> Batch:
     """The batch of these groups, in their order."""
+    sizes = [len(group.completion_ids) for group in groups]
     pairs = [(group.prompt_ids, ids) for group in groups for ids in group.completion_ids]
     sequences = [torch.tensor(prompt + completion) for prompt, completion in pairs]
     input_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad_id)
@@ -71,26 +73,17 @@ def pack(groups: Sequence[Group], pad_id: int, device: torch.device) -> Batch:
         torch.arange(len(completion)) + row * max_length + len(prompt) - 1
         for row, (prompt, completion) in enumerate(pairs)
     ]
-    cu_seqlens = [0, *accumulate(len(completion) for _, completion in pairs)]
     return Batch(
         input_ids=input_ids.to(device),
         attention_mask=(torch.arange(max_length) < lengths[:, None]).long().to(device),
         positions=torch.cat(positions).to(device),
         labels=torch.tensor([token for _, ids in pairs for token in ids], device=device),
-        cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32, device=device),
+        cu_seqlens=_bounds([len(completion) for _, completion in pairs], device),
         rewards=torch.tensor([r for group in groups for r in group.rewards], device=device),
         ref_logps=torch.tensor([logp for group in groups for logp in group.ref_logps], device=device),
-        group_sizes=[len(group.completion_ids) for group in groups],
+        group_sizes=sizes,
+        cu_groups=_bounds(sizes, device) if len(set(sizes)) > 1 else None,
     )
-
-
-def group_arguments(batch: Batch) -> dict[str, int | Tensor]:
-    """`group_size` where all groups are equal, `cu_groups` where they are ragged."""
-    sizes = batch.group_sizes
-    if min(sizes) == max(sizes):
-        return {"group_size": sizes[0]}
-    edges = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=batch.rewards.device)
-    return {"cu_groups": edges}
 
 
 def step_indices(step: int, num_groups: int, prompts_per_step: int, seed: int) -> list[int]:
@@ -112,3 +105,7 @@ def split_heldout(groups: list[Group], heldout: int, seed: int) -> tuple[list[Gr
     order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
     shuffled = [groups[i] for i in order]
     return shuffled[num_heldout:], shuffled[:num_heldout]
+
+
+def _bounds(sizes: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device)

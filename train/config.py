@@ -6,12 +6,13 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 # What may change between a run and its continuation without changing the steps already taken.
 FREE_TO_CHANGE = frozenset({"out", "resume", "steps", "checkpoint_every", "check"})
 
 
-def option(default, help: str, choices: tuple[str, ...] | None = None):
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": help, "choices": choices})
 
 

@@ -13,6 +13,8 @@ from train.batch import Batch
 from train.config import Config
 
 PAD, EOS = "<|pad|>", "<|eos|>"
+# A trained vocabulary begins with its special tokens, in the order given to the trainer.
+PAD_ID, EOS_ID = 0, 1
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -44,9 +46,9 @@ def build_model(config: Config, tokenizer: Tokenizer) -> PreTrainedModel:
             embd_pdrop=0.0,
             attn_pdrop=0.0,
             resid_pdrop=0.0,
-            pad_token_id=tokenizer.token_to_id(PAD),
-            bos_token_id=tokenizer.token_to_id(EOS),
-            eos_token_id=tokenizer.token_to_id(EOS),
+            pad_token_id=PAD_ID,
+            bos_token_id=EOS_ID,
+            eos_token_id=EOS_ID,
             use_cache=False,
         )
     )

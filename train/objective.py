@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from copg_kernels import linear_copg_loss, linear_logps, sequence_logps
 from copg_kernels.reference import copg_loss_ref, linear_logps_ref, sequence_logps_ref
-from train.batch import Batch, group_arguments
+from train.batch import Batch
 
 
 class Objective(NamedTuple):
@@ -31,8 +31,9 @@ def fused_objective(hidden_states: Tensor, lm_head_weight: Tensor, batch: Batch,
         batch.ref_logps,
         batch.rewards,
         beta=beta,
+        group_size=batch.group_sizes[0],
+        cu_groups=batch.cu_groups,
         cu_seqlens=batch.cu_seqlens,
-        **group_arguments(batch),
     )
     return Objective(output.loss, output.log_ratios)
 
@@ -43,7 +44,14 @@ def reference_objective(
     """Full logits in float64: the rounding that `--check` shows is then the fused operator's alone."""
     token_logps = linear_logps_ref(hidden_states.double(), lm_head_weight.double(), batch.labels)
     logps = sequence_logps_ref(token_logps, batch.labels, cu_seqlens=batch.cu_seqlens)
-    loss = copg_loss_ref(logps, batch.ref_logps, batch.rewards, beta=beta, **group_arguments(batch))
+    loss = copg_loss_ref(
+        logps,
+        batch.ref_logps,
+        batch.rewards,
+        beta=beta,
+        group_size=batch.group_sizes[0],
+        cu_groups=batch.cu_groups,
+    )
     return Objective(loss, (logps - batch.ref_logps).detach())
 
 
