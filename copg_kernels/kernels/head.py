@@ -33,20 +33,14 @@ class Head(NamedTuple):
 
 
 @jit
-def logits_tile(
+def head_product(
     hidden_ptr,  # (T, H)
     row_offsets,  # [BLOCK_N] int64, offsets of the tile's rows in hidden_ptr
     weight,  # (V, H): a tensor descriptor, or a pointer
-    bias_ptr,  # (V,)
     tile,  # vocabulary tile index
     V,
     H,
     stride_weight,
-    logit_scale,
-    inv_softcap,
-    inv_temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr,
     USE_TMA: tl.constexpr,
     EVEN_H: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -54,43 +48,69 @@ def logits_tile(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """-> z [BLOCK_N, BLOCK_V] float32 and dz/d(uncapped z); columns past V hold copies of column V - 1."""
-    offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    """x W^T of one tile, as two [BLOCK_N, BLOCK_V / 2] float32 halves; columns past V hold no logits.
+
+    In halves, because an epilogue over 128 accumulator registers per thread would spill.
+    """
     # Clamped instead of masked: the loads stay plain asynchronous copies, and the caller masks columns once.
-    offs_w = tl.minimum(offs_v, V - 1).to(tl.int64) * stride_weight
+    offs_w = tl.minimum(tile * BLOCK_V + tl.arange(0, BLOCK_V), V - 1).to(tl.int64) * stride_weight
     offs_h = tl.arange(0, BLOCK_H)
     acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     for start_h in range(0, H, BLOCK_H):
-        hidden_ptrs = hidden_ptr + row_offsets[:, None] + (start_h + offs_h)[None, :]
+        columns = (start_h + offs_h)[None, :]
+        hidden_ptrs = hidden_ptr + row_offsets[:, None] + columns
         if EVEN_H:
             x = tl.load(hidden_ptrs)
         else:
-            x = tl.load(hidden_ptrs, mask=(start_h + offs_h)[None, :] < H, other=0.0)
+            x = tl.load(hidden_ptrs, mask=columns < H, other=0.0)
         if USE_TMA:
             w = weight.load([tile * BLOCK_V, start_h])
         elif EVEN_H:
-            w = tl.load(weight + offs_w[:, None] + (start_h + offs_h)[None, :])
+            w = tl.load(weight + offs_w[:, None] + columns)
         else:
-            mask_h = (start_h + offs_h)[None, :] < H
-            w = tl.load(weight + offs_w[:, None] + (start_h + offs_h)[None, :], mask=mask_h, other=0.0)
+            w = tl.load(weight + offs_w[:, None] + columns, mask=columns < H, other=0.0)
         acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+    left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, BLOCK_V // 2)), (0, 2, 1)))
+    part0, part1 = tl.split(tl.permute(tl.reshape(left, (BLOCK_N, 2, BLOCK_V // 4)), (0, 2, 1)))
+    part2, part3 = tl.split(tl.permute(tl.reshape(right, (BLOCK_N, 2, BLOCK_V // 4)), (0, 2, 1)))
+    return part0, part1, part2, part3
+
+
+@jit
+def finish_logits(
+    product,  # [BLOCK_N, BLOCK_C] float32
+    bias_ptr,  # (V,)
+    start_v,  # vocabulary entry of its first column
+    V,
+    logit_scale,
+    inv_softcap,
+    inv_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+):
+    """Product -> z; -inf past V."""
+    offs_c = tl.arange(0, product.shape[1])
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
-    slope = tl.full((BLOCK_N, BLOCK_V), 1.0, dtype=tl.float32)
+        bias = tl.load(bias_ptr + start_v + offs_c, mask=offs_c < V - start_v, other=0.0)
+        product += bias.to(tl.float32)[None, :]
     if HAS_CAP:
-        # e = exp(-2|u|) cannot overflow, and 4e / (1 + e)^2 keeps the derivative's digits where tanh is flat.
-        u = acc * (logit_scale * inv_softcap)
-        e = tl.exp(-2.0 * tl.abs(u))
-        tanh = (1.0 - e) / (1.0 + e)
-        z = tl.where(u < 0, -tanh, tanh) * (inv_temperature / inv_softcap)
-        slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+        # tanh(u) = 1 - 2 / (exp(2u) + 1): exp(2u) = inf gives 1, and 0 gives -1.
+        tanh = 1.0 - 2.0 / (tl.exp(product * (2.0 * logit_scale * inv_softcap)) + 1.0)
+        z = tanh * (inv_temperature / inv_softcap)
     else:
-        z = acc * (logit_scale * inv_temperature)
-    return z, slope
+        z = product * (logit_scale * inv_temperature)
+    return tl.where((offs_c < V - start_v)[None, :], z, float("-inf"))
+
+
+@jit
+def cap_slope(z, inv_softcap, inv_temperature):
+    """Derivative of the cap, 1 - tanh^2, from the finished logit."""
+    tanh = z * (inv_softcap / inv_temperature)
+    return (1.0 - tanh) * (1.0 + tanh)
 
 
 def tile_arguments(hidden_states: Tensor, head: Head, blocks: Blocks) -> dict:
-    """Keyword arguments of `logits_tile` that follow from the operands."""
+    """Keyword arguments of a kernel around `head_product` that follow from the operands."""
     V, H = head.weight.shape
     use_tma = blocks.use_tma and _fits_tma(head.weight)
     weight = head.weight
@@ -126,7 +146,7 @@ def _fits_tma(weight: Tensor) -> bool:
 
 
 def logits_tile_torch(hidden_states: Tensor, head: Head, start: int, stop: int, out: Tensor) -> Tensor | None:
-    """Twin of `logits_tile`: writes z[:, start:stop] into out, returns dz/d(uncapped z) where there is a cap."""
+    """Twin of `head_product` and `finish_logits`: writes z[:, start:stop] into out, returns dz/d(uncapped z) where there is a cap."""
     weight = head.weight[start:stop].to(out.dtype)
     if head.bias is None:
         torch.mm(hidden_states, weight.T, out=out)

@@ -2,7 +2,7 @@
 
 For each counted row and each split of the vocabulary, in float32, with the label's own logit left out of the sums:
 
-    partial_max[s, r]  = max_{v in split s, v != label} z[r, v]
+    partial_max[s, r]  = max_{v in split s} z[r, v]
     partial_sum[s, r]  = sum_{v in split s, v != label} exp(z[r, v] - partial_max[s, r])
     label_logits[r]    = z[r, label]
 
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from copg_kernels.kernels.blocks import head_blocks
-from copg_kernels.kernels.head import Head, logits_tile, logits_tile_torch, tile_arguments
+from copg_kernels.kernels.head import Head, finish_logits, head_product, logits_tile_torch, tile_arguments
 from copg_kernels.kernels.language import jit, tl, triton
 from copg_kernels.kernels.pack_rows import PackedRows
 
-# Start of every running maximum: finite, because (-inf) - (-inf) is NaN where a split has no finite logit but the label.
+# Start of every running maximum: finite, because (-inf) - (-inf) is NaN where a split has no finite logit.
 _LOWEST = -1e38
-# Row blocks that share a slice of the head's weight while it is in L2: 16 x 128 rows of 4,096 bf16 are 16 MiB.
-_GROUP_N = 16
+# Row blocks that share a slice of the head's weight while it is in L2: 8 x 256 rows of 4,096 bf16 are 16 MiB.
+GROUP_N = 8
 # Vocabulary entries per split of the torch twin; fixed, so that log-probs do not depend on the workspace.
 SPLIT_TORCH = 8192
 
@@ -58,7 +58,6 @@ def _linear_logps_fwd_kernel(
     logit_scale,
     inv_softcap,
     inv_temperature,
-    num_splits,
     LOWEST: tl.constexpr,
     GROUP_N: tl.constexpr,
     TILES_PER_SPLIT: tl.constexpr,
@@ -72,19 +71,15 @@ def _linear_logps_fwd_kernel(
     BLOCK_H: tl.constexpr,
 ):
     # 1. Which rows and which split are mine: GROUP_N row blocks walk through the splits side by side.
-    pid = tl.program_id(0)
-    num_blocks = tl.cdiv(R, BLOCK_N)
-    group = pid // (GROUP_N * num_splits)
-    group_size = tl.minimum(num_blocks - group * GROUP_N, GROUP_N)
-    pid_n = group * GROUP_N + pid % (GROUP_N * num_splits) % group_size
-    split = pid % (GROUP_N * num_splits) // group_size
+    pid_n = tl.program_id(1) * GROUP_N + tl.program_id(0) % GROUP_N
+    split = tl.program_id(0) // GROUP_N
     num_rows = tl.load(num_rows_ptr)
     if pid_n * BLOCK_N >= num_rows:
         return
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_rows
     rows = tl.load(row_index_ptr + offs_n, mask=mask_n, other=0)
-    label = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1)
+    label = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1).to(tl.int32)
 
     # 2. Running maximum and sum over the split's tiles.
     running_max = tl.full((BLOCK_N,), LOWEST, dtype=tl.float32)
@@ -92,23 +87,38 @@ def _linear_logps_fwd_kernel(
     label_logit = tl.zeros((BLOCK_N,), dtype=tl.float32)
     first_tile = split * TILES_PER_SPLIT
     last_tile = tl.minimum(first_tile + TILES_PER_SPLIT, tl.cdiv(V, BLOCK_V))
-    for tile in range(first_tile, last_tile):
-        z, _ = logits_tile(
-            hidden_ptr, rows * stride_hidden, weight, bias_ptr, tile, V, H, stride_weight,
-            logit_scale, inv_softcap, inv_temperature,
-            HAS_BIAS, HAS_CAP, USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
+    # Hoisting the epilogue's column indices out of the loop would cost the registers that the accumulator needs.
+    for tile in tl.range(first_tile, last_tile, disable_licm=True):
+        parts = head_product(
+            hidden_ptr, rows * stride_hidden, weight, tile, V, H, stride_weight,
+            USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
         )  # fmt: skip
-        offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        is_label = offs_v[None, :] == label[:, None]
-        label_logit += tl.sum(tl.where(is_label, z, 0.0), 1)
-        z = tl.where(is_label | (offs_v >= V)[None, :], float("-inf"), z)
-        new_max = tl.maximum(running_max, tl.max(z, 1))
-        running_sum = running_sum * tl.exp(running_max - new_max) + tl.sum(tl.exp(z - new_max[:, None]), 1)
+        top = tl.full((BLOCK_N, BLOCK_V // len(parts)), LOWEST, dtype=tl.float32)
+        for part in tl.static_range(len(parts)):
+            z = finish_logits(
+                parts[part], bias_ptr, tile * BLOCK_V + part * top.shape[1], V,
+                logit_scale, inv_softcap, inv_temperature, HAS_BIAS, HAS_CAP,
+            )  # fmt: skip
+            top = tl.maximum(top, z)
+        new_max = tl.maximum(running_max, tl.max(top, 1))
+        exps = tl.zeros_like(top)
+        label_logits = tl.zeros_like(top)
+        for part in tl.static_range(len(parts)):
+            start_v = tile * BLOCK_V + part * top.shape[1]
+            z = finish_logits(
+                parts[part], bias_ptr, start_v, V, logit_scale, inv_softcap, inv_temperature, HAS_BIAS, HAS_CAP
+            )
+            is_label = tl.arange(0, top.shape[1])[None, :] == (label - start_v)[:, None]
+            exps += tl.where(is_label, 0.0, tl.exp(z - new_max[:, None]))
+            label_logits += tl.where(is_label, z, 0.0)
+        running_sum = running_sum * tl.exp(running_max - new_max) + tl.sum(exps, 1)
+        label_logit += tl.sum(label_logits, 1)
         running_max = new_max
 
     # 3. One write per row and split; the label's logit by the split that holds it.
-    tl.store(partial_max_ptr + split.to(tl.int64) * R + offs_n, running_max, mask=mask_n)
-    tl.store(partial_sum_ptr + split.to(tl.int64) * R + offs_n, running_sum, mask=mask_n)
+    offset = split.to(tl.int64) * R + offs_n
+    tl.store(partial_max_ptr + offset, running_max, mask=mask_n)
+    tl.store(partial_sum_ptr + offset, running_sum, mask=mask_n)
     holds_label = (label >= first_tile * BLOCK_V) & (label < last_tile * BLOCK_V)
     tl.store(label_logits_ptr + offs_n, label_logit, mask=mask_n & holds_label)
 
@@ -128,7 +138,8 @@ def linear_logps_fwd(hidden_states: Tensor, head: Head, rows: PackedRows, worksp
     )
     if R == 0:
         return partials
-    _linear_logps_fwd_kernel[(triton.cdiv(R, blocks.BLOCK_N) * num_splits,)](
+    num_groups = triton.cdiv(R, blocks.BLOCK_N * GROUP_N)
+    _linear_logps_fwd_kernel[(GROUP_N * num_splits, num_groups)](
         row_index_ptr=rows.row_index,
         labels_ptr=rows.labels,
         num_rows_ptr=rows.num_rows,
@@ -136,9 +147,8 @@ def linear_logps_fwd(hidden_states: Tensor, head: Head, rows: PackedRows, worksp
         partial_sum_ptr=partials.sum,
         label_logits_ptr=partials.label_logits,
         R=R,
-        num_splits=num_splits,
         LOWEST=_LOWEST,
-        GROUP_N=_GROUP_N,
+        GROUP_N=GROUP_N,
         TILES_PER_SPLIT=blocks.tiles_per_split,
         **tile_arguments(hidden_states, head, blocks),
     )

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from copg_kernels.kernels.blocks import head_blocks
-from copg_kernels.kernels.head import Head, logits_tile, logits_tile_torch, tile_arguments
+from copg_kernels.kernels.head import Head, cap_slope, finish_logits, head_product, logits_tile_torch, tile_arguments
 from copg_kernels.kernels.language import jit, tl, triton
+from copg_kernels.kernels.linear_logps_fwd import GROUP_N
 from copg_kernels.kernels.pack_rows import PackedRows
 
 # float16 flushes probabilities under 6e-8 to zero; the tile's entries are at most 1, so they can be stored larger.
@@ -53,43 +54,51 @@ def _softmax_minus_label_kernel(
     GROUP_N: tl.constexpr,
 ):
     # 1. GROUP_N row blocks share each slice of the weight while it is in L2.
-    pid = tl.program_id(0)
-    num_blocks = tl.cdiv(R, BLOCK_N)
-    num_tiles = tl.cdiv(tile_width, BLOCK_V)
-    group = pid // (GROUP_N * num_tiles)
-    group_size = tl.minimum(num_blocks - group * GROUP_N, GROUP_N)
-    pid_n = group * GROUP_N + pid % (GROUP_N * num_tiles) % group_size
-    tile = pid % (GROUP_N * num_tiles) // group_size
+    pid_n = tl.program_id(1) * GROUP_N + tl.program_id(0) % GROUP_N
+    tile = tl.program_id(0) // GROUP_N
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_c = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    tile_ptrs = tile_ptr + offs_n.to(tl.int64)[:, None] * tile_width + offs_c[None, :]
-    mask_out = (offs_n < R)[:, None] & (offs_c < tile_width)[None, :]
+    offs_out = offs_n.to(tl.int64) * tile_width
 
     # 2. The GEMMs that read the tile run over all R rows, so ignored ones must be 0.
     num_rows = tl.load(num_rows_ptr)
     if pid_n * BLOCK_N >= num_rows:
-        tl.store(tile_ptrs, tl.zeros((BLOCK_N, BLOCK_V), dtype=tile_ptr.dtype.element_ty), mask=mask_out)
+        offs_c = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        zeros = tl.zeros((BLOCK_N, BLOCK_V), dtype=tile_ptr.dtype.element_ty)
+        mask = (offs_n < R)[:, None] & (offs_c < tile_width)[None, :]
+        tl.store(tile_ptr + offs_out[:, None] + offs_c[None, :], zeros, mask=mask)
         return
     mask_n = offs_n < num_rows
     rows = tl.load(row_index_ptr + offs_n, mask=mask_n, other=0)
-    label = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1)
+    label = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1).to(tl.int32)
 
-    # 3. The forward's logits again, then the probabilities.
-    z, slope = logits_tile(
-        hidden_ptr, rows * stride_hidden, weight, bias_ptr, first_tile + tile, V, H, stride_weight,
-        logit_scale, inv_softcap, inv_temperature,
-        HAS_BIAS, HAS_CAP, USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
-    )  # fmt: skip
+    # 3. The forward's logits again, then the probabilities; the label's column is expm1(logp).
     lse = tl.load(lse_ptr + rows, mask=mask_n, other=0.0)
-    logp = tl.load(per_token_logps_ptr + rows, mask=mask_n, other=0.0)
-    # expm1(x) = (exp(x) - 1) * x / log(exp(x)): the quotient undoes the rounding of exp(x) near x = 0.
-    p = tl.exp(logp)
-    exact = (p == 1.0) | (p < 0.5)
-    expm1 = tl.where(p == 1.0, logp, (p - 1.0) * tl.where(exact, 1.0, logp / tl.log(tl.where(exact, 2.0, p))))
-    offs_v = first_tile * BLOCK_V + offs_c
-    value = tl.where(offs_v[None, :] == label[:, None], expm1[:, None], tl.exp(z - lse[:, None])) * slope
-    value = tl.where(mask_n[:, None], value * tile_scale, 0.0)
-    tl.store(tile_ptrs, value.to(tile_ptr.dtype.element_ty), mask=mask_out)
+    label_value = _expm1(tl.load(per_token_logps_ptr + rows, mask=mask_n, other=0.0))
+    parts = head_product(
+        hidden_ptr, rows * stride_hidden, weight, first_tile + tile, V, H, stride_weight,
+        USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
+    )  # fmt: skip
+    for part in tl.static_range(len(parts)):
+        offs_c = tl.arange(0, BLOCK_V // len(parts))
+        start_c = tile * BLOCK_V + part * (BLOCK_V // len(parts))
+        start_v = first_tile * BLOCK_V + start_c
+        z = finish_logits(parts[part], bias_ptr, start_v, V, logit_scale, inv_softcap, inv_temperature, HAS_BIAS, HAS_CAP)
+        is_label = offs_c[None, :] == (label - start_v)[:, None]
+        value = tl.where(is_label, label_value[:, None], tl.exp(z - lse[:, None])) * tile_scale
+        if HAS_CAP:
+            value *= cap_slope(z, inv_softcap, inv_temperature)
+        value = tl.where(mask_n[:, None], value, 0.0).to(tile_ptr.dtype.element_ty)
+        mask = (offs_n < R)[:, None] & (offs_c < tile_width - start_c)[None, :]
+        tl.store(tile_ptr + (offs_out + start_c)[:, None] + offs_c[None, :], value, mask=mask)
+
+
+@jit
+def _expm1(x):
+    """exp(x) - 1 for x <= 0: log(exp(x)) in the quotient undoes the rounding of exp(x) near x = 0."""
+    p = tl.exp(x)
+    near_zero = (p >= 0.5) & (p < 1.0)
+    quotient = x / tl.log(tl.where(near_zero, p, 0.5))
+    return tl.where(p == 1.0, x, (p - 1.0) * tl.where(near_zero, quotient, 1.0))
 
 
 def softmax_minus_label(
@@ -105,8 +114,8 @@ def softmax_minus_label(
     blocks = head_blocks(hidden_states.device, hidden_states.dtype)
     R, width = out.shape
     assert start % blocks.BLOCK_V == 0 and out.is_contiguous()
-    num_programs = triton.cdiv(R, blocks.BLOCK_N) * triton.cdiv(width, blocks.BLOCK_V)
-    _softmax_minus_label_kernel[(num_programs,)](
+    num_tiles, num_groups = triton.cdiv(width, blocks.BLOCK_V), triton.cdiv(R, blocks.BLOCK_N * GROUP_N)
+    _softmax_minus_label_kernel[(GROUP_N * num_tiles, num_groups)](
         row_index_ptr=rows.row_index,
         labels_ptr=rows.labels,
         num_rows_ptr=rows.num_rows,
@@ -117,7 +126,7 @@ def softmax_minus_label(
         tile_scale=TILE_SCALE.get(out.dtype, 1.0),
         first_tile=start // blocks.BLOCK_V,
         tile_width=width,
-        GROUP_N=16,
+        GROUP_N=GROUP_N,
         **tile_arguments(hidden_states, head, blocks),
     )
     return out

@@ -1,0 +1,211 @@
+"""Compile every kernel for every target with no GPU present, and say what came out.
+
+    python -m tests.compile_report [--targets sm_90,...] [--json FILE]
+
+One row per kernel, block-table entry and epilogue: registers, spills (local-memory loads and stores in the machine
+code), shared memory against the device's limit, and which matrix instruction was chosen. tests/test_compile.py asserts
+on the same rows. Must run without TRITON_INTERPRET, which replaces the compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from copg_kernels.kernels.blocks import BLOCKS
+from copg_kernels.kernels.contrast import _BLOCK_K, _contrast_kernel
+from copg_kernels.kernels.contrast import _BLOCK_T as CONTRAST_BLOCK_T
+from copg_kernels.kernels.contrast import _NUM_WARPS as CONTRAST_NUM_WARPS
+from copg_kernels.kernels.linear_logps_fwd import _LOWEST, GROUP_N, _linear_logps_fwd_kernel
+from copg_kernels.kernels.merge_splits import _BLOCK_T, _merge_splits_kernel
+from copg_kernels.kernels.scale_rows import _BLOCK_H, _scale_rows_kernel
+from copg_kernels.kernels.softmax_minus_label import _softmax_minus_label_kernel
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Bytes of shared memory one block can have (CUDA programming guide, technical specifications; CDNA 3 LDS).
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
+# What a matrix product compiles to: warp-group and tcgen05 instructions where the chip has them.
+MATRIX_INSTRUCTION = {
+    "sm_80": "HMMA",
+    "sm_90": "HGMMA",
+    "sm_100": "UTCHMMA",
+    "sm_120": "HMMA",
+    "gfx942": "v_mfma",
+}
+_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_HEAD_KERNELS = {"linear_logps_fwd": _linear_logps_fwd_kernel, "softmax_minus_label": _softmax_minus_label_kernel}
+
+
+class Case(NamedTuple):
+    """One compilation."""
+
+    kernel: str
+    target: str
+    dtype: str
+    epilogue: str
+    """plain, or full: bias, softcap and an H that is no multiple of the block."""
+
+
+class Row(NamedTuple):
+    """What it came out as."""
+
+    case: Case
+    registers: int
+    spills: int
+    shared: int
+    matrix_instructions: int
+
+
+def cases(targets: list[str]) -> Iterator[Case]:
+    """Every kernel x target x operand type x epilogue."""
+    for target in targets:
+        for dtype in _TYPES:
+            for kernel in _HEAD_KERNELS:
+                for epilogue in ("plain", "full"):
+                    yield Case(kernel, target, dtype, epilogue)
+            yield Case("scale_rows", target, dtype, "plain")
+        yield Case("merge_splits", target, "float32", "plain")
+        yield Case("contrast", target, "float32", "plain")
+        yield Case("contrast", target, "float32", "full")
+
+
+def compile_case(case: Case) -> Row:
+    """Compile one case and read the binary."""
+    kernel, signature, constants, options = _specification(case)
+    names = kernel.arg_names
+    # As at launch: pointers, H and row strides of real tensors are multiples of 16.
+    aligned = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, type_ in signature.items()
+        if type_.startswith("*") or name in ("H", "R", "stride_hidden", "stride_weight", "stride_source", "tile_width")
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    compiled = triton.compile(source, target=TARGETS[case.target], options=options)
+    if case.target.startswith("gfx"):
+        return _read_amd(case, compiled)
+    return _read_nvidia(case, compiled)
+
+
+def _specification(case: Case) -> tuple:
+    """-> kernel, signature, constants, compile options."""
+    element = _TYPES[case.dtype]
+    if case.kernel == "scale_rows":
+        types = {"source_ptr": f"*{element}", "out_ptr": f"*{element}", "index_ptr": "*i64"}
+        return *_signature(_scale_rows_kernel, types, dict(BLOCK_H=_BLOCK_H)), {}
+    if case.kernel == "merge_splits":
+        types = {"position_ptr": "*i64", "num_rows_ptr": "*i64"}
+        return *_signature(_merge_splits_kernel, types, dict(BLOCK_T=_BLOCK_T)), {}
+    if case.kernel == "contrast":
+        names = ("position_ptr", "num_rows_ptr")
+        types = dict.fromkeys(names, "*i64") | {"cu_seqlens_ptr": "*i32", "cu_groups_ptr": "*i32", "beta": "fp32"}
+        constants = dict(AVERAGE=case.epilogue == "full", BLOCK_T=CONTRAST_BLOCK_T, BLOCK_K=_BLOCK_K)
+        return *_signature(_contrast_kernel, types, constants), dict(num_warps=CONTRAST_NUM_WARPS)
+    return _head_specification(case, element)
+
+
+def _head_specification(case: Case, element: str) -> tuple:
+    blocks = BLOCKS[case.target, 4 if element == "fp32" else 2]
+    full = case.epilogue == "full"
+    constants = dict(
+        HAS_BIAS=full, HAS_CAP=full, EVEN_H=not full, USE_TMA=blocks.use_tma, PRECISION=blocks.precision,
+        BLOCK_N=blocks.BLOCK_N, BLOCK_V=blocks.BLOCK_V, BLOCK_H=blocks.BLOCK_H, GROUP_N=GROUP_N,
+        LOWEST=_LOWEST, TILES_PER_SPLIT=blocks.tiles_per_split,
+    )  # fmt: skip
+    if not full:
+        constants["bias_ptr"] = None
+    weight = f"tensordesc<{element}[{blocks.BLOCK_V}, {blocks.BLOCK_H}]>" if blocks.use_tma else f"*{element}"
+    types = {"weight": weight, "row_index_ptr": "*i64", "labels_ptr": "*i64", "num_rows_ptr": "*i64"}
+    types |= dict.fromkeys(("hidden_ptr", "bias_ptr", "tile_ptr"), f"*{element}")
+    types |= dict.fromkeys(("logit_scale", "inv_softcap", "inv_temperature", "tile_scale"), "fp32")
+    options = dict(num_warps=blocks.num_warps, num_stages=blocks.num_stages)
+    return *_signature(_HEAD_KERNELS[case.kernel], types, constants), options
+
+
+def _signature(kernel, types: dict[str, str], constants: dict) -> tuple:
+    """Unnamed pointers are float32, unnamed scalars int32."""
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+    }
+    return kernel, signature, constants
+
+
+def _read_nvidia(case: Case, compiled) -> Row:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("--dump-resource-usage", file.name)
+        sass = _cuobjdump("--dump-sass", file.name)
+    return Row(
+        case,
+        registers=int(re.search(r"REG:(\d+)", usage).group(1)),
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        shared=compiled.metadata.shared,
+        matrix_instructions=len(re.findall(rf"\b{MATRIX_INSTRUCTION[case.target]}\b", sass)),
+    )
+
+
+def _cuobjdump(*arguments: str) -> str:
+    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _read_amd(case: Case, compiled) -> Row:
+    assembly = compiled.asm["amdgcn"]
+    fields = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", assembly))
+    scratch = len(re.findall(r"\bscratch_(?:load|store)", assembly))
+    return Row(
+        case,
+        registers=int(fields["vgpr_count"]),
+        spills=int(fields["vgpr_spill_count"]) + scratch,
+        shared=compiled.metadata.shared,
+        matrix_instructions=len(re.findall(MATRIX_INSTRUCTION[case.target], assembly)),
+    )
+
+
+def compile_all(targets: list[str], workers: int = 2) -> list[Row]:
+    """All cases, `workers` at a time."""
+    with ProcessPoolExecutor(workers) as pool:
+        return list(pool.map(compile_case, cases(targets)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated, of " + ", ".join(TARGETS))
+    parser.add_argument("--json", type=Path, help="write the rows there instead of printing a table")
+    arguments = parser.parse_args()
+    rows = compile_all(arguments.targets.split(","))
+    if arguments.json:
+        arguments.json.write_text(json.dumps([row._asdict() | row.case._asdict() for row in rows]))
+        return
+    print(f"triton {triton.__version__}")
+    print(f"{'kernel':22}{'target':8}{'dtype':10}{'epilogue':9}{'regs':>5}{'spills':>7}{'shared':>8}{'matrix':>8}")
+    for row in rows:
+        case = row.case
+        print(
+            f"{case.kernel:22}{case.target:8}{case.dtype:10}{case.epilogue:9}"
+            f"{row.registers:5}{row.spills:7}{row.shared:8}{row.matrix_instructions:8}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
