@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bench.providers import OURS
 from bench.tables import title
 
 
@@ -32,9 +33,9 @@ def plot(tables: list[dict[str, Any]], path: Path) -> None:
 def _time_bars(axis: Any, table: dict[str, Any], pass_name: str, units: str) -> None:
     rows = _rows(table, pass_name)
     heights = [row["over_floor"].get(units, 0.0) for row in rows]
-    bars = axis.barh([row["provider"] for row in rows], heights, color="tab:blue")
+    axis.axvline(1, color="gray", linestyle="--", linewidth=1, zorder=0)
+    bars = axis.barh([row["provider"] for row in rows], heights, color=_colors(rows))
     axis.bar_label(bars, [f"{height:.2f}" if height else "no time" for height in heights], padding=3)
-    axis.axvline(1, color="black", linestyle="--", linewidth=1)
     axis.set_xlabel(f"{pass_name}: time / {units} GEMM{'s' if units != '1' else ''}", fontsize=9)
     axis.margins(x=0.2)
     axis.invert_yaxis()
@@ -43,7 +44,7 @@ def _time_bars(axis: Any, table: dict[str, Any], pass_name: str, units: str) -> 
 def _memory_bars(axis: Any, table: dict[str, Any]) -> None:
     rows = _rows(table, "loss+gradients")
     mebibytes = [(row["peak_bytes"] or 0) / 2**20 for row in rows]
-    bars = axis.barh([row["provider"] for row in rows], mebibytes, color="tab:orange")
+    bars = axis.barh([row["provider"] for row in rows], mebibytes, color=_colors(rows))
     labels = [
         "not measured" if row["peak_bytes"] is None else f"{size:.0f}"
         for row, size in zip(rows, mebibytes, strict=True)
@@ -52,6 +53,10 @@ def _memory_bars(axis: Any, table: dict[str, Any]) -> None:
     axis.set_xlabel("loss+gradients: peak MiB above inputs and gradients", fontsize=9)
     axis.margins(x=0.2)
     axis.invert_yaxis()
+
+
+def _colors(rows: list[dict[str, Any]]) -> list[str]:
+    return ["tab:orange" if row["provider"] == OURS else "tab:blue" for row in rows]
 
 
 def _rows(table: dict[str, Any], pass_name: str) -> list[dict[str, Any]]:
