@@ -31,11 +31,11 @@ from bench.timing import Rounds
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULTS = {
-    "cpu": {"dtype": "float32", "shapes": ("cpu-32k", "cpu-gpt2"), "repeats": 7},
+    "cpu": {"dtype": "float32", "shapes": ("cpu-32k", "cpu-gpt2"), "repeats": 5},
     "cuda": {"dtype": "bfloat16", "shapes": ("llama-3", "gpt2"), "repeats": 20},
 }
 # With the default rounds only: a slow or busy machine gets fewer of them, and the run its three minutes.
-SECONDS_PER_TABLE = 30.0
+SECONDS_PER_TABLE = 25.0
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--providers", nargs="+", choices=LOADERS, metavar="NAME", help="of: " + ", ".join(LOADERS)
     )
-    parser.add_argument("--repeats", type=positive, help="rounds of timing; default: 7 on a CPU, 20 on a GPU")
+    parser.add_argument("--repeats", type=positive, help="rounds of timing; default: 5 on a CPU, 20 on a GPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "local" / "results.json")
     parser.add_argument("--plot", type=Path, help="default: the path of --json, ending in .png")
