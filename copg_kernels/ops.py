@@ -26,10 +26,8 @@ def linear_logps_op(
     workspace_bytes: int,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(T, H), (V, H), (T,) -> per_token_logps (T,), lse (T,)."""
+    """(T, H), (V, H), (T,) -> per_token_logps (T,), lse (2, T)."""
     checks.require_labels(labels, lm_head_weight.shape[0], ignore_index)
-    if labels.numel() == 0:
-        return _token_outputs(hidden_states)
     return forward.token_logps(
         _row_major(hidden_states),
         Head(_row_major(lm_head_weight), bias, logit_scale, softcap, temperature),
@@ -129,7 +127,7 @@ def linear_copg_op(
     workspace_bytes: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> loss (), logps, regularized_rewards, log_ratios, coefficients (N,), per_token_logps, lse (T,)."""
+    """-> loss (), logps, regularized_rewards, log_ratios, coefficients (N,), per_token_logps (T,), lse (2, T)."""
     checks.require_labels(labels, lm_head_weight.shape[0], ignore_index)
     checks.require_boundaries("cu_seqlens", cu_seqlens, labels.numel(), least_size=0)
     checks.require_boundaries("cu_groups", cu_groups, rewards.numel(), least_size=2)
@@ -180,9 +178,8 @@ linear_copg_op.register_autograd(_linear_copg_backward, setup_context=_linear_co
 
 
 def _token_outputs(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = accumulation_dtype(hidden_states.dtype)
-    shape = hidden_states.shape[:1]
-    return hidden_states.new_empty(shape, dtype=dtype), hidden_states.new_empty(shape, dtype=dtype)
+    dtype, num_tokens = accumulation_dtype(hidden_states.dtype), hidden_states.shape[0]
+    return hidden_states.new_empty((num_tokens,), dtype=dtype), hidden_states.new_empty((2, num_tokens), dtype=dtype)
 
 
 def _row_major(matrix: Tensor) -> Tensor:

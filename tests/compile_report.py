@@ -24,13 +24,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from copg_kernels.kernels import contrast, merge_splits, scale_rows
 from copg_kernels.kernels.blocks import BLOCKS
-from copg_kernels.kernels.contrast import _BLOCK_K, _contrast_kernel
-from copg_kernels.kernels.contrast import _BLOCK_T as CONTRAST_BLOCK_T
-from copg_kernels.kernels.contrast import _NUM_WARPS as CONTRAST_NUM_WARPS
-from copg_kernels.kernels.linear_logps_fwd import _LOWEST, GROUP_N, _linear_logps_fwd_kernel
-from copg_kernels.kernels.merge_splits import _BLOCK_T, _merge_splits_kernel
-from copg_kernels.kernels.scale_rows import _BLOCK_H, _scale_rows_kernel
+from copg_kernels.kernels.contrast import _contrast_kernel, launch_options
+from copg_kernels.kernels.linear_logps_fwd import GROUP_N, LOWEST, _linear_logps_fwd_kernel
+from copg_kernels.kernels.merge_splits import _merge_splits_kernel
+from copg_kernels.kernels.scale_rows import _scale_rows_kernel
 from copg_kernels.kernels.softmax_minus_label import _softmax_minus_label_kernel
 
 TARGETS = {
@@ -109,15 +108,15 @@ def _specification(case: Case) -> tuple:
     element = _TYPES[case.dtype]
     if case.kernel == "scale_rows":
         types = {"source_ptr": f"*{element}", "out_ptr": f"*{element}", "index_ptr": "*i64"}
-        return *_signature(_scale_rows_kernel, types, dict(BLOCK_H=_BLOCK_H)), {}
+        return *_signature(_scale_rows_kernel, types, dict(BLOCK_H=scale_rows.BLOCK_H)), {}
     if case.kernel == "merge_splits":
         types = {"position_ptr": "*i64", "num_rows_ptr": "*i64"}
-        return *_signature(_merge_splits_kernel, types, dict(BLOCK_T=_BLOCK_T)), {}
+        return *_signature(_merge_splits_kernel, types, dict(BLOCK_T=merge_splits.BLOCK_T)), {}
     if case.kernel == "contrast":
         names = ("position_ptr", "num_rows_ptr")
         types = dict.fromkeys(names, "*i64") | {"cu_seqlens_ptr": "*i32", "cu_groups_ptr": "*i32", "beta": "fp32"}
-        constants = dict(AVERAGE=case.epilogue == "full", BLOCK_T=CONTRAST_BLOCK_T, BLOCK_K=_BLOCK_K)
-        return *_signature(_contrast_kernel, types, constants), dict(num_warps=CONTRAST_NUM_WARPS)
+        constants = dict(AVERAGE=case.epilogue == "full", BLOCK_T=contrast.BLOCK_T, BLOCK_K=contrast.BLOCK_K)
+        return *_signature(_contrast_kernel, types, constants), launch_options(hip=case.target.startswith("gfx"))
     return _head_specification(case, element)
 
 
@@ -127,7 +126,7 @@ def _head_specification(case: Case, element: str) -> tuple:
     constants = dict(
         HAS_BIAS=full, HAS_CAP=full, EVEN_H=not full, USE_TMA=blocks.use_tma, PRECISION=blocks.precision,
         BLOCK_N=blocks.BLOCK_N, BLOCK_V=blocks.BLOCK_V, BLOCK_H=blocks.BLOCK_H, GROUP_N=GROUP_N,
-        LOWEST=_LOWEST, TILES_PER_SPLIT=blocks.tiles_per_split,
+        LOWEST=LOWEST, TILES_PER_SPLIT=blocks.tiles_per_split,
     )  # fmt: skip
     if not full:
         constants["bias_ptr"] = None

@@ -19,7 +19,7 @@ from train import checkpoint, run, start
 from train.batch import Group, pack, split_heldout, step_indices, tokenize
 from train.config import Config, build_parser, parse_config
 from train.data import Example, parse_example, read_jsonl, write_jsonl
-from train.docstrings import docstring_examples, split_docstring
+from train.docstrings import docstring_examples, is_told_by, split_docstring
 from train.model import EOS, EOS_ID, PAD, PAD_ID, head_inputs, train_tokenizer
 from train.objective import (
     fused_objective,
@@ -165,13 +165,19 @@ def test_split_docstring():
     assert split_docstring("A summary line.\n\nToo short.") is None
 
 
+def test_a_body_tells_its_summary():
+    assert is_told_by("Concatenates along an axis the arrays given", "Join arrays along an axis.")
+    assert not is_told_by("See the other function for its parameters", "Join arrays along an axis.")
+    assert not is_told_by("the a an of", "Get it.")
+
+
 def test_docstring_examples_are_deterministic(monkeypatch):
     monkeypatch.setattr("train.docstrings.PACKAGES", ())
-    monkeypatch.setattr("train.docstrings.FILES_PER_PACKAGE", 20)
-    examples = docstring_examples(num_prompts=10, group_size=3, seed=1)
-    assert examples == docstring_examples(num_prompts=10, group_size=3, seed=1)
-    assert examples != docstring_examples(num_prompts=10, group_size=3, seed=2)
-    assert len(examples) == 10
+    monkeypatch.setattr("train.docstrings.FILES_PER_PACKAGE", 40)
+    examples = docstring_examples(num_prompts=5, group_size=3, seed=1)
+    assert examples == docstring_examples(num_prompts=5, group_size=3, seed=1)
+    assert examples != docstring_examples(num_prompts=5, group_size=3, seed=2)
+    assert len(examples) == 5
     for example in examples:
         assert len(set(example.completions)) == 3 and example.rewards.count(1.0) == 1
         truth = example.completions[example.rewards.index(1.0)]

@@ -21,9 +21,8 @@ from copg_kernels.kernels.linear_logps_fwd import Partials
 from copg_kernels.kernels.merge_splits import merge_splits, merge_splits_fwd_torch
 from copg_kernels.kernels.pack_rows import PackedRows
 
-_BLOCK_T = 256
-_BLOCK_K = 32
-_NUM_WARPS = 4
+BLOCK_T = 256
+BLOCK_K = 32
 
 
 class Completions(NamedTuple):
@@ -46,7 +45,7 @@ class Contrast(NamedTuple):
     log_ratios: Tensor  # (N,)
     coefficients: Tensor  # (N,), dloss / dlogp of each token
     per_token_logps: Tensor  # (T,)
-    lse: Tensor  # (T,)
+    lse: Tensor  # (2, T), with what its rounding left
 
 
 @jit
@@ -66,7 +65,8 @@ def _contrast_kernel(
     log_ratios_ptr,  # (N,) float32, out
     coefficients_ptr,  # (N,) float32, out
     per_token_logps_ptr,  # (T,) float32, out
-    lse_ptr,  # (T,) float32, out
+    lse_ptr,  # (2, T) float32, out
+    T,
     R,
     num_splits,
     beta,
@@ -91,11 +91,12 @@ def _contrast_kernel(
             mask_t = offs_t < end
             position = tl.load(position_ptr + offs_t, mask=mask_t, other=0)
             counted = mask_t & (position < num_rows)
-            logp, lse = merge_splits(
+            logp, lse, residual = merge_splits(
                 partial_max_ptr, partial_sum_ptr, label_logits_ptr, position, counted, R, num_splits
             )
             tl.store(per_token_logps_ptr + offs_t, logp, mask=mask_t)
             tl.store(lse_ptr + offs_t, lse, mask=mask_t)
+            tl.store(lse_ptr + tl.cast(T, tl.int64) + offs_t, residual, mask=mask_t)
             token_sums += logp.to(tl.float64)
             token_counts += counted.to(tl.int32)
         logps = tl.sum(token_sums, 0)
@@ -132,6 +133,11 @@ def _contrast_kernel(
     tl.store(group_losses_ptr + group, loss.to(tl.float32))
 
 
+def launch_options(hip: bool) -> dict[str, int]:
+    """Compile options. Left alone, ptxas gives the kernel 40 registers, for an occupancy it cannot use, and spills."""
+    return {"num_warps": 4} if hip else {"num_warps": 4, "maxnreg": 128}
+
+
 def contrast_fwd(partials: Partials, rows: PackedRows, completions: Completions) -> Contrast:
     """Partials (S, R) of (T,) tokens in (N,) completions of (G,) groups -> loss, coefficients, log-probs."""
     new = partials.max.new_empty
@@ -139,13 +145,13 @@ def contrast_fwd(partials: Partials, rows: PackedRows, completions: Completions)
     N, G = completions.rewards.numel(), completions.cu_groups.numel() - 1
     group_losses = new((G,))
     logps, regularized_rewards, log_ratios, coefficients = (new((N,)) for _ in range(4))
-    per_token_logps, lse = new((T,)), new((T,))
+    per_token_logps, lse = new((T,)), new((2, T))
     _contrast_kernel[(G,)](
         partials.max, partials.sum, partials.label_logits, rows.position, rows.num_rows,
         completions.cu_seqlens, completions.cu_groups, completions.ref_logps, completions.rewards,
         group_losses, logps, regularized_rewards, log_ratios, coefficients, per_token_logps, lse,
-        R, num_splits, float(completions.beta),
-        AVERAGE=completions.average, BLOCK_T=_BLOCK_T, BLOCK_K=_BLOCK_K, num_warps=_NUM_WARPS,
+        T, R, num_splits, float(completions.beta),
+        AVERAGE=completions.average, BLOCK_T=BLOCK_T, BLOCK_K=BLOCK_K, **launch_options(torch.version.hip is not None),
     )  # fmt: skip
     return Contrast(
         group_losses.mean(), logps, regularized_rewards, log_ratios, coefficients, per_token_logps, lse

@@ -24,7 +24,7 @@ from copg_kernels.kernels.language import jit, tl, triton
 from copg_kernels.kernels.pack_rows import PackedRows
 
 # Start of every running maximum: finite, because (-inf) - (-inf) is NaN where a split has no finite logit.
-_LOWEST = -1e38
+LOWEST = -1e38
 # Row blocks that share a slice of the head's weight while it is in L2: 8 x 256 rows of 4,096 bf16 are 16 MiB.
 GROUP_N = 8
 # Vocabulary entries per split of the torch twin; fixed, so that log-probs do not depend on the workspace.
@@ -32,7 +32,7 @@ SPLIT_TORCH = 8192
 
 
 class Partials(NamedTuple):
-    """Row statistics per split of the vocabulary, rows in packed order."""
+    """Row statistics per split of the vocabulary, rows in packed order; float32 (max and sum of the twin: float64)."""
 
     max: Tensor  # (S, R)
     sum: Tensor  # (S, R)
@@ -147,7 +147,7 @@ def linear_logps_fwd(hidden_states: Tensor, head: Head, rows: PackedRows, worksp
         partial_sum_ptr=partials.sum,
         label_logits_ptr=partials.label_logits,
         R=R,
-        LOWEST=_LOWEST,
+        LOWEST=LOWEST,
         GROUP_N=GROUP_N,
         TILES_PER_SPLIT=blocks.tiles_per_split,
         **tile_arguments(hidden_states, head, blocks),
@@ -162,8 +162,8 @@ def linear_logps_fwd_torch(
     R, V = hidden_states.shape[0], head.weight.shape[0]
     edges = [*range(0, V, SPLIT_TORCH), V]
     partials = Partials(
-        hidden_states.new_empty((len(edges) - 1, R)),
-        hidden_states.new_empty((len(edges) - 1, R)),
+        hidden_states.new_empty((len(edges) - 1, R), dtype=torch.float64),
+        hidden_states.new_empty((len(edges) - 1, R), dtype=torch.float64),
         hidden_states.new_empty((R,)),
     )
     rows_per_tile = max(1, min(R, workspace_bytes // (min(SPLIT_TORCH, V) * hidden_states.element_size())))
@@ -181,16 +181,16 @@ def linear_logps_fwd_torch(
     return partials
 
 
-def _row_statistics(tile: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
-    """Maximum and sum of exponentials of each row, destroying the tile; `masked` where logits besides the label's may be -inf.
+def _row_statistics(tile: Tensor, masked: bool) -> tuple[Tensor, Tensor | float]:
+    """A number m and the sum of exp(z - m) of each row; destroys the tile. `masked`: logits besides the label's may be -inf.
 
     log_softmax is the one fused pass over a tile that torch has on a CPU, 2.5 times faster than max, subtract, exp and
-    sum; any finite column then gives the log-sum-exp back.
+    sum. It leaves z - lse everywhere, so any finite z gives lse back, in float64 without another rounding.
     """
     if masked or tile.shape[1] < 2:
-        row_max = tile.amax(1).clamp_min_(_LOWEST)
+        row_max = tile.amax(1).clamp_min_(LOWEST)
         return row_max, tile.sub_(row_max.unsqueeze(1)).exp_().sum(1)
-    first, second = tile[:, 0].clone(), tile[:, 1].clone()
+    z = tile[:, :2].double()
     torch.log_softmax(tile, 1, out=tile)
-    lse = torch.where(first.isneginf(), second - tile[:, 1], first - tile[:, 0])
-    return lse, torch.ones_like(lse)
+    lse = z - tile[:, :2].double()
+    return lse[:, 0].where(z[:, 0].isfinite(), lse[:, 1]), 1.0

@@ -24,7 +24,7 @@ def pack_rows(labels: Tensor, ignore_index: int, *, exact: bool) -> PackedRows:
     """
     counted = labels != ignore_index
     num_before = counted.cumsum(0)
-    num_rows = num_before[-1:]
+    num_rows = counted.sum().view(1)
     token = torch.arange(labels.numel(), device=labels.device)
     position = torch.where(counted, num_before - 1, num_rows + token - num_before)
     row_index = torch.empty_like(token).scatter_(0, position, token)

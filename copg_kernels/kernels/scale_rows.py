@@ -10,7 +10,7 @@ from torch import Tensor
 
 from copg_kernels.kernels.language import jit, tl, triton
 
-_BLOCK_H = 1024
+BLOCK_H = 1024
 
 
 @jit
@@ -37,8 +37,8 @@ def scale_rows(source: Tensor, index: Tensor, scale: Tensor, dtype: torch.dtype)
     """(S, H), (N,), (N,) float32 -> (N, H) in `dtype`, the product rounded once."""
     N, H = index.numel(), source.shape[1]
     out = source.new_empty((N, H), dtype=dtype)
-    _scale_rows_kernel[(N, triton.cdiv(H, _BLOCK_H))](
-        source, index, scale, out, H, source.stride(0), BLOCK_H=_BLOCK_H
+    _scale_rows_kernel[(N, triton.cdiv(H, BLOCK_H))](
+        source, index, scale, out, H, source.stride(0), BLOCK_H=BLOCK_H
     )
     return out
 

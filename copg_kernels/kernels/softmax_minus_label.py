@@ -1,8 +1,9 @@
 """The gradient's tile for a slice of the vocabulary: softmax minus the label's one-hot, unscaled by any coefficient.
 
-    tile[r, v] = slope * (exp(z[r, v] - lse[r]) - 1[v = label[r]])       slope: the cap's derivative
+    tile[r, v] = exp(residual[r]) * slope * (softmax(z[r])[v] - 1[v = label[r]])       slope: the cap's derivative
 
-The label's column is expm1(logp), never a rounded probability minus one: for p > 0.99 that difference would keep no
+exp(z - lse) with lse rounded to float32 carries the factor exp(residual); the label's column gets it too, so that the
+caller can take it out of the row with the coefficient. The label's column is expm1(logp), never a rounded probability minus one: for p > 0.99 that difference would keep no
 digit in bfloat16. Because the coefficient of a token stays outside, it multiplies a T x H operand instead of T x V.
 """
 
@@ -30,8 +31,9 @@ def _softmax_minus_label_kernel(
     labels_ptr,  # (R,) int64, packed
     num_rows_ptr,  # (1,) int64
     per_token_logps_ptr,  # (T,) float32
-    lse_ptr,  # (T,) float32
+    lse_ptr,  # (2, T) float32
     tile_ptr,  # (R, tile_width), out
+    T,
     R,
     V,
     H,
@@ -73,7 +75,8 @@ def _softmax_minus_label_kernel(
 
     # 3. The forward's logits again, then the probabilities; the label's column is expm1(logp).
     lse = tl.load(lse_ptr + rows, mask=mask_n, other=0.0)
-    label_value = _expm1(tl.load(per_token_logps_ptr + rows, mask=mask_n, other=0.0))
+    residual = tl.load(lse_ptr + tl.cast(T, tl.int64) + rows, mask=mask_n, other=0.0)
+    label_value = tl.exp(residual) * _expm1(tl.load(per_token_logps_ptr + rows, mask=mask_n, other=0.0))
     parts = head_product(
         hidden_ptr, rows * stride_hidden, weight, first_tile + tile, V, H, stride_weight,
         USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
@@ -110,7 +113,7 @@ def softmax_minus_label(
     start: int,
     out: Tensor,
 ) -> Tensor:
-    """(T, H), head (V, H), packed rows, (T,), (T,) -> out (R, width) = TILE_SCALE * tile[:, start : start + width]."""
+    """(T, H), head (V, H), packed rows, (T,), (2, T) -> out (R, width) = TILE_SCALE * tile[:, start : start + width]."""
     blocks = head_blocks(hidden_states.device, hidden_states.dtype)
     R, width = out.shape
     assert start % blocks.BLOCK_V == 0 and out.is_contiguous()
@@ -122,6 +125,7 @@ def softmax_minus_label(
         per_token_logps_ptr=per_token_logps,
         lse_ptr=lse,
         tile_ptr=out,
+        T=per_token_logps.numel(),
         R=R,
         tile_scale=TILE_SCALE.get(out.dtype, 1.0),
         first_tile=start // blocks.BLOCK_V,
@@ -143,8 +147,9 @@ def softmax_minus_label_torch(
 ) -> Tensor:
     """Twin: hidden_states are the packed rows (R, H) in the accumulation dtype."""
     slope = logits_tile_torch(hidden_states, head, start, start + out.shape[1], out)
-    out.sub_(lse.index_select(0, rows.row_index).unsqueeze(1)).exp_()
+    packed_lse, residual = lse.index_select(1, rows.row_index)
+    out.sub_(packed_lse.unsqueeze(1)).exp_()
     labels = rows.labels - start
     held = ((labels >= 0) & (labels < out.shape[1])).nonzero().squeeze(1)
-    out[held, labels[held]] = per_token_logps[rows.row_index[held]].expm1()
+    out[held, labels[held]] = residual[held].exp() * per_token_logps[rows.row_index[held]].expm1()
     return out if slope is None else out.mul_(slope)

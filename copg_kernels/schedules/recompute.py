@@ -49,12 +49,14 @@ def token_logps_bwd(
     workspace_bytes: int,
     backend: str,
 ) -> Gradients:
-    """(T,) upstream gradient of per_token_logps -> gradients of hidden states (T, H), weight (V, H), bias (V,)."""
+    """(T,) upstream gradient, (T,) log-probs, (2, T) lse -> gradients of hidden states (T, H), weight (V, H), bias (V,)."""
     ops, dtype = tile_ops(backend), hidden_states.dtype
     accumulation, operand = accumulation_dtype(dtype), operand_dtype(dtype, backend)
     packed, rows = counted_rows(hidden_states, labels, ignore_index, backend)
     R, (V, H) = rows.row_index.numel(), head.weight.shape
-    coefficient, unit = _coefficients(dlogps.to(accumulation), labels != ignore_index, head.slope, operand)
+    # The tile's rows carry the factor exp(residual of lse): see softmax_minus_label.
+    coefficient = torch.where(labels != ignore_index, dlogps.to(accumulation) * -head.slope * (-lse[1]).exp(), 0.0)
+    coefficient, unit = _in_units(coefficient, operand)
     packed_coefficient = coefficient.index_select(0, rows.row_index)
 
     if R == 0:
@@ -84,15 +86,12 @@ def token_logps_bwd(
     return Gradients(dhidden, dweight, dbias)
 
 
-def _coefficients(
-    dlogps: Tensor, counted: Tensor, slope: float, operand: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Per-token factor of the tile, and the unit it is expressed in: coefficient * unit is the true one.
+def _in_units(coefficient: Tensor, operand: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The coefficients and the unit they are expressed in: coefficient * unit is the true one.
 
-    The minus is for the tile's sign. In float16 the coefficients, often 1e-4 and less, are taken relative to the power
-    of two above the largest, so that coefficient * X neither overflows nor underflows.
+    In float16 the coefficients, often 1e-4 and less, are taken relative to the power of two above the largest, so that
+    coefficient * X neither overflows nor underflows.
     """
-    coefficient = torch.where(counted, dlogps * -slope, 0.0)
     unit = coefficient.new_full((), 1 / TILE_SCALE.get(operand, 1.0))
     if operand != torch.float16:
         return coefficient, unit

@@ -1,0 +1,52 @@
+"""Where the tests run, from which seed, and what fresh memory holds."""
+
+import os
+import zlib
+
+import torch
+
+# Before anything imports Triton: without a GPU the kernels run in its interpreter, on the CPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+from copg_kernels.kernels.language import INTERPRETING, triton
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The interpreter multiplies the raw bits of bfloat16: that type needs a GPU.
+KERNEL_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
+BACKENDS = ["torch"] + (["triton"] if DEVICE.type == "cuda" or INTERPRETING else [])
+
+
+def pytest_report_header() -> str:
+    mode = "interpreted" if INTERPRETING else "compiled"
+    return f"torch {torch.__version__} on {DEVICE}, triton {triton.__version__ if triton else None} ({mode})"
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed_from_test_name(request):
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan(monkeypatch):
+    """Whatever a launcher allocates and no kernel writes comes out as NaN."""
+
+    def poisoned(allocate):
+        def wrapper(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            if not torch.compiler.is_compiling() and tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+            return tensor
+
+        return wrapper
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
