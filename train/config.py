@@ -23,26 +23,26 @@ class Config:
     num_prompts: int = option(2048, "docstrings to take, held-out ones included")
     group_size: int = option(4, "completions per docstring; a file of your own brings its own groups")
     heldout_prompts: int = option(256, "prompts kept for evaluation, at most a quarter of the data")
-    max_prompt_tokens: int = option(96, "longer prompts keep their last tokens; the log counts them")
+    max_prompt_tokens: int = option(80, "longer prompts keep their last tokens; the log counts them")
     max_completion_tokens: int = option(48, "EOS included; longer completions are cut; the log counts them")
 
     # The policy: a GPT-2 from random weights, small enough for two cores.
-    vocab_size: int = option(4096, "byte-level BPE, trained on the data")
+    vocab_size: int = option(2048, "byte-level BPE, trained on the data")
     hidden_size: int = option(128, "width of the transformer")
     num_layers: int = option(2, "transformer blocks")
     num_heads: int = option(4, "attention heads")
 
     # Supervised warm-up: it makes the reference policy. Its learning rate is that of a model from scratch.
-    sft_steps: int = option(150, "steps on each prompt's best completion before the reference is frozen")
+    sft_steps: int = option(300, "steps on prompts and best completions before the reference is frozen")
     sft_lr: float = option(2e-3, "AdamW learning rate of the supervised warm-up")
 
     # CoPG, in the unit form: the gradient's scale depends neither on beta nor on the group size.
-    steps: int = option(150, "CoPG steps")
-    prompts_per_step: int = option(16, "groups in a batch")
+    steps: int = option(250, "CoPG steps")
+    prompts_per_step: int = option(8, "groups in a batch")
     beta: float = option(0.1, "strength of the pull towards the reference policy")
     lr: float = option(3e-4, "AdamW learning rate after its warm-up")
     lr_warmup_steps: int = option(10, "linear warm-up of the learning rate")
-    weight_decay: float = option(0.01, "AdamW weight decay")
+    weight_decay: float = option(0.1, "AdamW weight decay")
     max_grad_norm: float = option(1.0, "gradient clipping, by the norm over all parameters")
 
     # The run.

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from train.data import Example
-from train.reward import token_f1
+from train.reward import token_f1, words
 
 PACKAGES = ("torch", "numpy", "transformers")
-# About seven seconds of parsing on one core; every n-th file, so that all parts of a package are represented.
-FILES_PER_PACKAGE = 300
+# About thirteen seconds of parsing; every n-th file, so that all parts of a package are represented.
+FILES_PER_PACKAGE = 600
 BODY_WORDS = 60
 
 
@@ -65,6 +65,12 @@ def split_docstring(docstring: str) -> tuple[str, str] | None:
     return " ".join(body_words[:BODY_WORDS]), summary
 
 
+def is_told_by(body: str, summary: str) -> bool:
+    """Whether the body has two fifths of the summary's longer words; with none, nothing points to it."""
+    longer = {word for word in words(summary) if len(word) > 3}
+    return len(longer & set(words(body))) >= max(1, 0.4 * len(longer))
+
+
 def summaries_by_body() -> dict[str, str]:
     """body -> summary; a body or a summary that was seen before is left out."""
     pairs: dict[str, str] = {}
@@ -73,7 +79,7 @@ def summaries_by_body() -> dict[str, str]:
         for path in source_files(root):
             for docstring in docstrings(path):
                 pair = split_docstring(docstring)
-                if pair and pair[0] not in pairs and pair[1] not in seen:
+                if pair and is_told_by(*pair) and pair[0] not in pairs and pair[1] not in seen:
                     pairs[pair[0]] = pair[1]
                     seen.add(pair[1])
     return pairs
@@ -82,6 +88,8 @@ def summaries_by_body() -> dict[str, str]:
 def docstring_examples(num_prompts: int, group_size: int, seed: int) -> list[Example]:
     """Up to num_prompts prompts, each with its own summary line and group_size - 1 lines of others."""
     pairs = summaries_by_body()
+    if group_size > len(pairs):
+        raise ValueError(f"--group-size {group_size}, but there are only {len(pairs)} docstrings")
     rng = random.Random(seed)
     bodies = rng.sample(list(pairs), min(num_prompts, len(pairs)))
     summaries = list(pairs.values())

@@ -7,8 +7,8 @@ What is the paper's algorithm (arXiv 2406.19185), and what is not:
      it is half of the paper's. A learning rate carries over between beta and k, but is not the paper's.
   3. The task is not: without `--data`, prompts are docstring bodies of installed packages, completions are
      summary lines and the reward is the word F1 with the true line. No reward model is trained.
-  4. The policy is a two-layer GPT-2 from random weights; a short supervised warm-up on each prompt's best
-     completion makes the reference policy. Its log-probs are computed once, before training.
+  4. The policy is a two-layer GPT-2 from random weights; a short supervised warm-up on each prompt and its
+     best completion makes the reference policy. Its log-probs are computed once, before training.
   5. Evaluation is the reward margin on held-out prompts (log-ratio of the best completion minus that of the
      worst), not sampling: it shows that the policy ranks as the rewards do, not how it writes.
   6. A prompt is run through the transformer once per completion; the shared prefix is not exploited.
@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import resource
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -81,6 +82,10 @@ def heldout_margins(run: Run) -> list[float]:
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / max(1, len(values))
+
+
+def standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
 def train_step(run: Run) -> dict[str, float | str]:
@@ -161,6 +166,8 @@ def pick_device(name: str) -> torch.device:
 def check_verdict(config: Config) -> bool:
     """Prints the largest differences of the logged steps; whether the gradients agree as they must."""
     checked = [record for record in read_steps(Path(config.out) / "log.jsonl") if "worst" in record]
+    if not checked:  # a resumed run that had no steps left
+        return True
     # A tensor's maximum is NaN when one of them is.
     loss = torch.tensor([record["loss_difference"] for record in checked]).max().item()
     gradient = torch.tensor([record["gradient_difference"] for record in checked]).max().item()
@@ -194,8 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ranked = mean([margin > 0 for margin in after])
     print(
         f"step {run.step} of {config.steps}, {time.perf_counter() - started:.0f} s, {config.out}\n"
-        f"reward margin on {len(after)} held-out prompts: {mean(before):.3f} -> {mean(after):.3f} nats, "
-        f"positive on {ranked:.0%}"
+        f"reward margin on {len(after)} held-out prompts: {mean(before):.3f} -> {mean(after):.3f} nats "
+        f"(standard error {standard_error(after):.3f}), positive on {ranked:.0%}"
     )
     return 0 if not config.check or check_verdict(config) else 1
 

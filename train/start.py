@@ -136,9 +136,9 @@ def apply_gradients(run: Run, lr: float, step: int) -> float:
 
 
 def supervised_warmup(run: Run) -> None:
-    """Maximum likelihood of each prompt's best completion, through the same fused log-probs."""
+    """Maximum likelihood of each prompt and its best completion, through the same fused log-probs."""
     config = run.config
-    groups = [best_only(group) for group in run.train_groups]
+    groups = [best_text(group) for group in run.train_groups]
     bar = tqdm(range(config.sft_steps), desc="supervised warm-up")
     for step in bar:
         # Four times the prompts of a CoPG step: about as many sequences as its groups hold.
@@ -151,9 +151,11 @@ def supervised_warmup(run: Run) -> None:
         bar.set_postfix(nll=f"{loss.item():.3f}")
 
 
-def best_only(group: Group) -> Group:
+def best_text(group: Group) -> Group:
+    """Prompt and best completion as one text, all of it predicted but the first token."""
     best = max(range(len(group.rewards)), key=group.rewards.__getitem__)
-    return Group(group.prompt_ids, [group.completion_ids[best]], [group.rewards[best]])
+    text = group.prompt_ids + group.completion_ids[best]
+    return Group(text[:1], [text[1:]], [group.rewards[best]])
 
 
 def pack_for(run: Run, groups: Sequence[Group]) -> Batch:
