@@ -250,6 +250,22 @@ def test_run_writes_json_with_provenance_and_plot(monkeypatch, tmp_path, capsys)
     assert path.with_suffix(".png").exists() == plotted
 
 
+def test_default_run_skips_tables_when_late_and_says_so(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("tqdm")
+    from bench import run
+
+    monkeypatch.setitem(run.SHAPES, "tiny", TINY)
+    monkeypatch.setitem(run.SHAPES, "tiny-2", TINY._replace(name="tiny-2"))
+    monkeypatch.setitem(run.DEFAULTS, "cpu", {"dtype": "float32", "shapes": ("tiny", "tiny-2"), "repeats": 1})
+    monkeypatch.setattr(measure, "host_peaks_in_child", lambda file, name: {})
+    monkeypatch.setattr(run, "LAST_START", 0.0)
+    chosen = ["--device", "cpu", "--providers", providers.EAGER, "--json", str(tmp_path / "results.json")]
+    results = run.main(chosen)
+    assert [table["shape"]["name"] for table in results["tables"]] == ["tiny"]
+    assert results["skipped"] == ["tiny-2"] and "tiny-2 skipped" in capsys.readouterr().out
+    assert len(run.main([*chosen, "--shapes", "tiny", "tiny-2"])["tables"]) == 2
+
+
 def test_report_says_when_the_sources_have_changed(monkeypatch):
     results = {
         "provenance": provenance.provenance(CPU),
