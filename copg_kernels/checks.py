@@ -6,14 +6,14 @@ tensors are: on a CPU as a ValueError, on a GPU as a device assertion, which cos
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from copg_kernels.kernels.language import INTERPRETING, triton
 from copg_kernels.schedules.workspace import default_workspace_bytes, least_workspace_bytes
 
+# Comparisons instead of math.isfinite, which torch.compile cannot trace on a symbolic number.
+_INFINITY = float("inf")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -31,9 +31,7 @@ def resolve_backend(backend: str, hidden_states: Tensor) -> str:
             "or set TRITON_INTERPRET=1 before the first import to run the kernels in the interpreter"
         )
     if backend == "triton" and hidden_states.dtype == torch.float64:
-        raise TypeError(
-            'hidden_states must be float32, bfloat16 or float16 for backend="triton", got torch.float64'
-        )
+        raise TypeError('hidden_states must be float32, bfloat16 or float16 for backend="triton", got torch.float64')
     return backend
 
 
@@ -57,9 +55,11 @@ def check_head(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, bi
         _require_shape("bias", bias, (lm_head_weight.shape[0],), "(V,)")
 
 
-def check_logit_options(logit_scale: float, softcap: float | None, temperature: float, sparse_eps: float | None) -> None:
+def check_logit_options(
+    logit_scale: float, softcap: float | None, temperature: float, sparse_eps: float | None
+) -> None:
     """The scalars between x W^T and the softmax."""
-    if not (isinstance(logit_scale, int | float) and math.isfinite(logit_scale)):
+    if not (isinstance(logit_scale, int | float) and -_INFINITY < logit_scale < _INFINITY):
         raise ValueError(f"logit_scale must be a finite number, got {logit_scale!r}")
     _require_positive("temperature", temperature)
     if softcap is not None:
@@ -70,9 +70,7 @@ def check_logit_options(logit_scale: float, softcap: float | None, temperature: 
 
 def check_workspace(workspace_bytes: int | None, hidden_states: Tensor, num_rows: int, backend: str) -> int:
     """The budget in bytes, refused when not even one tile fits."""
-    least = least_workspace_bytes(
-        num_rows, hidden_states.shape[-1], hidden_states.dtype, hidden_states.device, backend
-    )
+    least = least_workspace_bytes(num_rows, hidden_states.shape[-1], hidden_states.dtype, hidden_states.device, backend)
     if workspace_bytes is None:
         return max(default_workspace_bytes(backend), least)
     if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
@@ -98,9 +96,7 @@ def completion_boundaries(hidden_states: Tensor, labels: Tensor, cu_seqlens: Ten
     return torch.arange(labels.shape[0] + 1, dtype=torch.int32, device=hidden_states.device) * labels.shape[1]
 
 
-def group_boundaries(
-    num_sequences: int, group_size: int, cu_groups: Tensor | None, device: torch.device
-) -> Tensor:
+def group_boundaries(num_sequences: int, group_size: int, cu_groups: Tensor | None, device: torch.device) -> Tensor:
     """(G + 1,) int32: cu_groups for ragged groups, multiples of group_size for equal ones."""
     if cu_groups is not None:
         _check_boundaries("cu_groups", cu_groups, device)
@@ -228,7 +224,7 @@ def _require_shape(name: str, value: Tensor, shape: tuple[int, ...], meaning: st
 def _require_positive(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < _INFINITY:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 

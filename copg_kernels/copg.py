@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +86,8 @@ def copg_loss(
     Its gradient with respect to logps_i is -(A_i - mean_{j != i} A_j) / k over the number of groups: minus the
     leave-one-out (RLOO) policy gradient, but right for completions from any source, without importance weights. A
     group whose A_i agree, as they do for the optimal policy pi proportional to pi_ref exp(R / beta), gives none. The
-    gradient's scale depends neither on beta nor on k. For k = 2 the paper sums over both members of the pair: twice this.
+    gradient's scale depends neither on beta nor on k. For k = 2 the paper sums over both members of the pair, which
+    is twice this.
 
     Args:
         logps: (N,) floating point, log pi(y|x) in nats. The only differentiable argument.
@@ -101,8 +102,8 @@ def copg_loss(
 
     Raises:
         TypeError: a tensor is not floating point, or cu_groups is not int32.
-        ValueError: shapes differ, a group has fewer than two completions or does not fit N, rewards or ref_logps are not
-            finite, or beta <= 0.
+        ValueError: shapes differ, a group has fewer than two completions or does not fit N, rewards or ref_logps are
+            not finite, or beta <= 0.
 
     Reference: Flet-Berliac et al., Contrastive Policy Gradient, EMNLP 2024, https://arxiv.org/abs/2406.19185.
     """
@@ -160,7 +161,7 @@ def linear_copg_loss(
         beta, group_size, cu_groups: as in `copg_loss`.
         cu_seqlens: (N + 1,) int32 boundaries of packed completions.
         average_logps: mean instead of sum over a completion's tokens; beta then weighs a nat per token.
-        bias, logit_scale, softcap, temperature, ignore_index, sparse_eps, workspace_bytes, backend: as in `linear_logps`.
+        bias, logit_scale, softcap, temperature, ignore_index, sparse_eps, workspace_bytes, backend: as `linear_logps`.
 
     Returns:
         CoPGOutput(loss, logps, regularized_rewards, log_ratios), float32.
@@ -216,11 +217,11 @@ def linear_sequence_loss(
     cu_seqlens: Tensor | None = None,
     average_logps: bool = False,
     ignore_index: int = -100,
-    **logits_options,
+    **logits_options: Any,
 ) -> CoPGOutput:
     """Any sequence-level loss straight from hidden states and the language-model head, without the logits.
 
-        loss(sequence_logps(linear_logps(hidden_states, lm_head_weight, labels)), ref_logps, rewards, beta=, group_size=)
+        loss(sequence_logps(linear_logps(hidden_states, lm_head_weight, labels)), ref_logps, rewards, beta=...)
 
     Args:
         loss: one of `copg_kernels.losses`, or the caller's own with the signature
@@ -241,9 +242,7 @@ def linear_sequence_loss(
     checks.check_completions(ref_logps, rewards, num_sequences, hidden_states.device)
     checks.check_beta(beta)
     checks.group_boundaries(num_sequences, group_size, cu_groups, hidden_states.device)
-    per_token_logps = linear_logps(
-        hidden_states, lm_head_weight, labels, ignore_index=ignore_index, **logits_options
-    )
+    per_token_logps = linear_logps(hidden_states, lm_head_weight, labels, ignore_index=ignore_index, **logits_options)
     logps = sequence_logps(
         per_token_logps, labels, cu_seqlens=cu_seqlens, average=average_logps, ignore_index=ignore_index
     )
@@ -276,7 +275,7 @@ class CoPGLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.options = dict(
+        self.options: dict[str, Any] = dict(
             beta=beta,
             group_size=group_size,
             average_logps=average_logps,

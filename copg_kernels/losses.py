@@ -2,8 +2,8 @@
 
 All take (logps, ref_logps, rewards, *, beta, group_size=2): (N,) tensors of consecutive groups of k completions of one
 prompt, in nats and in units of reward; logps may be sums over tokens or averages, as long as ref_logps are the same.
-Only logps is differentiable. l_i = logps_i - ref_logps_i and A_i = rewards_i - beta * l_i throughout. All raise TypeError
-or ValueError for what `copg_kernels.copg_loss` refuses. Losses on pairs take every pair of a group (k = 2: the pair).
+Only logps is differentiable. l_i = logps_i - ref_logps_i and A_i = rewards_i - beta * l_i throughout. All raise
+TypeError or ValueError for what `copg_kernels.copg_loss` refuses. Losses on pairs take every pair of a group.
 """
 
 from __future__ import annotations
@@ -112,10 +112,11 @@ def ppo_loss(
 ) -> Tensor:
     """Proximal policy optimisation with the completion as one action.
 
-        rho_i = exp(logps_i - old_logps_i),    a_i = B_i - mean_{j != i} B_j,    B_i = rewards_i - beta (old_logps_i - ref_logps_i)
+        rho_i = exp(logps_i - old_logps_i),    B_i = rewards_i - beta * (old_logps_i - ref_logps_i)
+        a_i   = B_i - mean_{j != i} B_j
         loss  = -mean_i min(rho_i a_i, clamp(rho_i, 1 - clip, 1 + clip) a_i)
 
-    The gradient is that of importance-weighted RLOO while the ratio is within 1 +- clip, and zero once it has moved past.
+    The gradient is that of importance-weighted RLOO while the ratio is within 1 +- clip, and zero once it is past.
 
     Args:
         old_logps: (N,) under the policy that sampled the completions.

@@ -61,7 +61,7 @@ def linear_logps_bwd_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(T,) upstream gradient -> gradients of hidden_states, lm_head_weight, bias; an empty tensor where not needed."""
-    gradients = recompute.token_logps_bwd(
+    return recompute.token_logps_bwd(
         dlogps.contiguous(),
         _row_major(hidden_states),
         Head(_row_major(lm_head_weight), bias, logit_scale, softcap, temperature),
@@ -73,7 +73,6 @@ def linear_logps_bwd_op(
         workspace_bytes=workspace_bytes,
         backend=backend,
     )
-    return tuple(hidden_states.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 @linear_logps_bwd_op.register_fake
@@ -135,16 +134,14 @@ def linear_copg_op(
     checks.require_finite("rewards", rewards)
     if average_logps:
         checks.require_nonempty(segment_sum(labels != ignore_index, cu_seqlens))
-    return tuple(
-        forward.copg(
-            _row_major(hidden_states),
-            Head(_row_major(lm_head_weight), bias, logit_scale, softcap, temperature),
-            labels,
-            Completions(cu_seqlens, cu_groups, ref_logps, rewards, beta, average_logps),
-            ignore_index=ignore_index,
-            workspace_bytes=workspace_bytes,
-            backend=backend,
-        )
+    return forward.copg(
+        _row_major(hidden_states),
+        Head(_row_major(lm_head_weight), bias, logit_scale, softcap, temperature),
+        labels,
+        Completions(cu_seqlens, cu_groups, ref_logps, rewards, beta, average_logps),
+        ignore_index=ignore_index,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
     )
 
 
@@ -160,9 +157,7 @@ def _linear_copg_setup(ctx, inputs, output):
     _, *others = output
     _, _, _, coefficients, per_token_logps, lse = others
     ctx.mark_non_differentiable(*others)
-    ctx.save_for_backward(
-        hidden_states, lm_head_weight, labels, bias, per_token_logps, lse, coefficients, cu_seqlens
-    )
+    ctx.save_for_backward(hidden_states, lm_head_weight, labels, bias, per_token_logps, lse, coefficients, cu_seqlens)
 
 
 def _linear_copg_backward(ctx, dloss, *_):

@@ -7,6 +7,8 @@ benchmarks measure the fused operators against this file; the package itself nev
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,9 +53,9 @@ def linear_logps_bwd_ref(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward pass of `linear_logps_ref` as explicit algebra, for (T, H) hidden states.
 
-        dlogits[t, v] = dlogp[t] * (1[v = labels[t]] - softmax(logits[t])[v])
-        dz            = dlogits / temperature * (1 - (cap(z) / softcap)^2)        z = logit_scale * (W x + bias)
-        dX = logit_scale * dz W,    dW = logit_scale * dz^T X,    dbias = logit_scale * sum_t dz[t]
+    dlogits[t, v] = dlogp[t] * (1[v = labels[t]] - softmax(logits[t])[v])
+    dz            = dlogits / temperature * (1 - (cap(z) / softcap)^2)        z = logit_scale * (W x + bias)
+    dX = logit_scale * dz W,    dW = logit_scale * dz^T X,    dbias = logit_scale * sum_t dz[t]
     """
     capped = _capped_logits(hidden_states, lm_head_weight, bias, logit_scale, softcap)
     counted = labels != ignore_index
@@ -120,9 +122,9 @@ def copg_loss_ref(
     losses = []
     for group in groups_ref(len(logps), group_size, cu_groups):
         k = len(group)
-        pairs = sum(
-            (regularized_rewards[i] - regularized_rewards[j]) ** 2 for i in group for j in group if i > j
-        )
+        pairs = torch.zeros_like(regularized_rewards[0])
+        for i, j in ((i, j) for i in group for j in group if i > j):
+            pairs = pairs + (regularized_rewards[i] - regularized_rewards[j]) ** 2
         losses.append(pairs / (2 * beta * k * (k - 1)))
     return torch.stack(losses).mean()
 
@@ -138,7 +140,7 @@ def copg_coefficients_ref(
 ) -> Tensor:
     """dloss / dlogps of `copg_loss_ref`: minus the leave-one-out advantage of A_i, over k and the number of groups.
 
-        dloss / dlogps_i = -(A_i - mean_{j != i} A_j) / (k G)
+    dloss / dlogps_i = -(A_i - mean_{j != i} A_j) / (k G)
     """
     regularized_rewards = rewards - beta * (logps - ref_logps)
     groups = groups_ref(len(logps), group_size, cu_groups)
@@ -163,12 +165,10 @@ def linear_copg_loss_ref(
     cu_seqlens: Tensor | None = None,
     average_logps: bool = False,
     ignore_index: int = -100,
-    **logits_options,
+    **logits_options: Any,
 ) -> Tensor:
     """`linear_logps_ref`, `sequence_logps_ref` and `copg_loss_ref`, one after the other."""
-    token_logps = linear_logps_ref(
-        hidden_states, lm_head_weight, labels, ignore_index=ignore_index, **logits_options
-    )
+    token_logps = linear_logps_ref(hidden_states, lm_head_weight, labels, ignore_index=ignore_index, **logits_options)
     logps = sequence_logps_ref(
         token_logps, labels, cu_seqlens=cu_seqlens, average=average_logps, ignore_index=ignore_index
     )
@@ -176,7 +176,11 @@ def linear_copg_loss_ref(
 
 
 def _capped_logits(
-    hidden_states: Tensor, lm_head_weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
 ) -> Tensor:
     logits = hidden_states @ lm_head_weight.T
     if bias is not None:

@@ -50,7 +50,10 @@ MATRIX_INSTRUCTION = {
     "gfx942": "v_mfma",
 }
 _TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_HEAD_KERNELS = {"linear_logps_fwd": _linear_logps_fwd_kernel, "softmax_minus_label": _softmax_minus_label_kernel}
+_HEAD_KERNELS = {
+    "linear_logps_fwd": _linear_logps_fwd_kernel,
+    "softmax_minus_label": _softmax_minus_label_kernel,
+}
 
 
 class Case(NamedTuple):
@@ -114,7 +117,11 @@ def _specification(case: Case) -> tuple:
         return *_signature(_merge_splits_kernel, types, dict(BLOCK_T=merge_splits.BLOCK_T)), {}
     if case.kernel == "contrast":
         names = ("position_ptr", "num_rows_ptr")
-        types = dict.fromkeys(names, "*i64") | {"cu_seqlens_ptr": "*i32", "cu_groups_ptr": "*i32", "beta": "fp32"}
+        types = dict.fromkeys(names, "*i64") | {
+            "cu_seqlens_ptr": "*i32",
+            "cu_groups_ptr": "*i32",
+            "beta": "fp32",
+        }
         constants = dict(AVERAGE=case.epilogue == "full", BLOCK_T=contrast.BLOCK_T, BLOCK_K=contrast.BLOCK_K)
         return *_signature(_contrast_kernel, types, constants), launch_options(hip=case.target.startswith("gfx"))
     return _head_specification(case, element)

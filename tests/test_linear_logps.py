@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tests.conftest import DEVICE, KERNEL_DTYPES
-from tests.numerics import assert_close, assert_logps_close, relative_error, upcast
 
 from copg_kernels import linear_logps
 from copg_kernels.kernels.blocks import head_blocks
 from copg_kernels.reference import linear_logps_ref
+from tests.conftest import DEVICE, KERNEL_DTYPES
+from tests.numerics import assert_close, assert_logps_close, relative_error, upcast
 
 # One tile is 16 x 32 in the interpreter and at most 256 x 128 on a GPU.
 INTERPRETED_TILES = [(16, 32, 64), (17, 33, 64), (15, 31, 64), (48, 128, 96)]
@@ -193,7 +193,10 @@ def test_misaligned_weight(backend):
 def test_leading_dimensions(backend):
     inputs = make_inputs(24, 67, 24)
     flat = linear_logps(**inputs, backend=backend)
-    inputs["hidden_states"], inputs["labels"] = inputs["hidden_states"].view(2, 3, 4, 24), inputs["labels"].view(2, 3, 4)
+    inputs["hidden_states"], inputs["labels"] = (
+        inputs["hidden_states"].view(2, 3, 4, 24),
+        inputs["labels"].view(2, 3, 4),
+    )
     shaped = linear_logps(**inputs, backend=backend)
     assert shaped.shape == (2, 3, 4) and torch.equal(shaped.flatten(), flat)
 

@@ -31,7 +31,10 @@ def test_ignored_tokens_are_zero():
 
 
 def test_explicit_backward_is_the_derivative():
-    hidden_states, weight = torch.randn(6, 4).double().requires_grad_(), torch.randn(9, 4).double().requires_grad_()
+    hidden_states, weight = (
+        torch.randn(6, 4).double().requires_grad_(),
+        torch.randn(9, 4).double().requires_grad_(),
+    )
     bias, dlogps = torch.randn(9).double().requires_grad_(), torch.randn(6).double()
     labels = torch.tensor([0, 8, -100, 3, 3, 5])
     logps = linear_logps_ref(hidden_states, weight, labels, bias=bias, **OPTIONS)
@@ -81,7 +84,10 @@ def test_unit_form_is_half_the_papers_pair():
 
 
 def test_gradcheck_of_the_whole_chain():
-    hidden_states, weight = torch.randn(8, 3).double().requires_grad_(), torch.randn(5, 3).double().requires_grad_()
+    hidden_states, weight = (
+        torch.randn(8, 3).double().requires_grad_(),
+        torch.randn(5, 3).double().requires_grad_(),
+    )
     labels, cu_seqlens = torch.randint(5, (8,)), torch.tensor([0, 3, 5, 6, 8])
     ref_logps, rewards = torch.randn(2, 4).double()
 

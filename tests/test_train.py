@@ -287,6 +287,9 @@ def test_fused_and_reference_agree(colours, tmp_path):
     fused, reference = (f(*inputs, batch, 0.1) for f in (fused_objective, reference_objective))
     torch.testing.assert_close(fused.log_ratios.double(), reference.log_ratios, atol=1e-4, rtol=0)
     assert reference.log_ratios.abs().max() > 1e-2
+    regularized = (batch.rewards - 0.1 * reference.log_ratios).split(batch.group_sizes)
+    by_hand = sum(group.var() / (2 * 0.1) for group in regularized) / len(regularized)
+    assert reference.loss.item() == pytest.approx(by_hand.item(), rel=1e-6)
 
 
 def test_difference_sees_a_wrong_gradient(colours, tmp_path, monkeypatch):
@@ -412,6 +415,7 @@ def test_a_write_that_fails_leaves_the_previous_checkpoint(colours, tmp_path, mo
 
     def disk_full(state, path):
         Path(path).write_bytes(b"half")
+        assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-00000000"]
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", disk_full)

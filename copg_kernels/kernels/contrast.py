@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from copg_kernels.kernels.language import jit, tl, triton
+from copg_kernels.kernels.language import jit, tl
 from copg_kernels.kernels.linear_logps_fwd import Partials
 from copg_kernels.kernels.merge_splits import merge_splits, merge_splits_fwd_torch
 from copg_kernels.kernels.pack_rows import PackedRows
@@ -153,9 +153,7 @@ def contrast_fwd(partials: Partials, rows: PackedRows, completions: Completions)
         T, R, num_splits, float(completions.beta),
         AVERAGE=completions.average, BLOCK_T=BLOCK_T, BLOCK_K=BLOCK_K, **launch_options(torch.version.hip is not None),
     )  # fmt: skip
-    return Contrast(
-        group_losses.mean(), logps, regularized_rewards, log_ratios, coefficients, per_token_logps, lse
-    )
+    return Contrast(group_losses.mean(), logps, regularized_rewards, log_ratios, coefficients, per_token_logps, lse)
 
 
 def contrast_fwd_torch(partials: Partials, rows: PackedRows, completions: Completions) -> Contrast:
@@ -188,5 +186,5 @@ def contrast_fwd_torch(partials: Partials, rows: PackedRows, completions: Comple
 
 
 def segment_sum(values: Tensor, cu_segments: Tensor) -> Tensor:
-    """(T,) values, (N + 1,) boundaries -> (N,) float64 sums, one segment after the other: one never disturbs the next."""
+    """(T,) values, (N + 1,) boundaries -> (N,) float64 sums; no segment disturbs the next, as in a running sum."""
     return torch.segment_reduce(values.double(), "sum", offsets=cu_segments.long(), axis=0)

@@ -146,7 +146,7 @@ def _fits_tma(weight: Tensor) -> bool:
 
 
 def logits_tile_torch(hidden_states: Tensor, head: Head, start: int, stop: int, out: Tensor) -> Tensor | None:
-    """Twin of `head_product` and `finish_logits`: writes z[:, start:stop] into out, returns dz/d(uncapped z) where there is a cap."""
+    """Twin of `head_product` and `finish_logits`: z[:, start:stop] into out; returns the cap's derivative, if any."""
     weight = head.weight[start:stop].to(out.dtype)
     if head.bias is None:
         torch.mm(hidden_states, weight.T, out=out)

@@ -9,7 +9,7 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # macOS and Windows have no wheel
 
-    class tl:  # noqa: N801
+    class tl:  # type: ignore[no-redef]
         constexpr = object
 
     triton = TensorDescriptor = None

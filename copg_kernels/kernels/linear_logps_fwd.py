@@ -106,7 +106,15 @@ def _linear_logps_fwd_kernel(
         for part in tl.static_range(len(parts)):
             start_v = tile * BLOCK_V + part * top.shape[1]
             z = finish_logits(
-                parts[part], bias_ptr, start_v, V, logit_scale, inv_softcap, inv_temperature, HAS_BIAS, HAS_CAP
+                parts[part],
+                bias_ptr,
+                start_v,
+                V,
+                logit_scale,
+                inv_softcap,
+                inv_temperature,
+                HAS_BIAS,
+                HAS_CAP,
             )
             is_label = tl.arange(0, top.shape[1])[None, :] == (label - start_v)[:, None]
             exps += tl.where(is_label, 0.0, tl.exp(z - new_max[:, None]))
@@ -155,9 +163,7 @@ def linear_logps_fwd(hidden_states: Tensor, head: Head, rows: PackedRows, worksp
     return partials
 
 
-def linear_logps_fwd_torch(
-    hidden_states: Tensor, head: Head, rows: PackedRows, workspace_bytes: int
-) -> Partials:
+def linear_logps_fwd_torch(hidden_states: Tensor, head: Head, rows: PackedRows, workspace_bytes: int) -> Partials:
     """Twin: hidden_states are the packed rows (R, H) in the accumulation dtype; tiles of at most workspace_bytes."""
     R, V = hidden_states.shape[0], head.weight.shape[0]
     edges = [*range(0, V, SPLIT_TORCH), V]
@@ -182,10 +188,11 @@ def linear_logps_fwd_torch(
 
 
 def _row_statistics(tile: Tensor, masked: bool) -> tuple[Tensor, Tensor | float]:
-    """A number m and the sum of exp(z - m) of each row; destroys the tile. `masked`: logits besides the label's may be -inf.
+    """A number m and the sum of exp(z - m) of each row; destroys the tile.
 
     log_softmax is the one fused pass over a tile that torch has on a CPU, 2.5 times faster than max, subtract, exp and
-    sum. It leaves z - lse everywhere, so any finite z gives lse back, in float64 without another rounding.
+    sum. It leaves z - lse everywhere, so any finite z gives lse back, in float64 without another rounding. Where the
+    bias may mask entries (`masked`), the first two columns need not hold one.
     """
     if masked or tile.shape[1] < 2:
         row_max = tile.amax(1).clamp_min_(LOWEST)

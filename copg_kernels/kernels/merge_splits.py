@@ -3,7 +3,7 @@
     difference = log sum_{v != label} exp(z_v) - z_label
     logp       = -log(1 + exp(difference)),     lse = z_label - logp
 
-lse is kept as a float32 and what its rounding left: at logits of 1000 that is 3e-5, a factor of the row's whole softmax.
+lse is kept as a float32 and what its rounding left: at logits of 1000 that is 3e-5, a factor of the whole softmax.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def merge_splits(partial_max_ptr, partial_sum_ptr, label_logits_ptr, position, c
     # `total` is 0 for a vocabulary of one entry, z_label -inf for a label of probability 0: logp = 0 and -inf.
     difference = (top - z_label) + tl.log(total)
     logp = -(tl.maximum(difference, 0.0) + _log1p(tl.exp(-tl.abs(difference))))
-    # top is the row's maximum, label included, so the second term is small; two_sum keeps what the first sum rounds off.
+    # top is the row's maximum, label included, so log_sum is small; the lines after keep what the sum rounds off.
     log_sum = tl.log(total + tl.exp(z_label - top))
     lse = top + log_sum
     rest = lse - top

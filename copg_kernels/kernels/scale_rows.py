@@ -1,6 +1,6 @@
 """Rows gathered and scaled: the only places where a token's coefficient meets a matrix.
 
-    out[i] = scale[i] * source[index[i]]      and exactly 0 where scale[i] = 0, whatever the source holds there
+out[i] = scale[i] * source[index[i]]      and exactly 0 where scale[i] = 0, whatever the source holds there
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ def scale_rows(source: Tensor, index: Tensor, scale: Tensor, dtype: torch.dtype)
     """(S, H), (N,), (N,) float32 -> (N, H) in `dtype`, the product rounded once."""
     N, H = index.numel(), source.shape[1]
     out = source.new_empty((N, H), dtype=dtype)
-    _scale_rows_kernel[(N, triton.cdiv(H, BLOCK_H))](
-        source, index, scale, out, H, source.stride(0), BLOCK_H=BLOCK_H
-    )
+    _scale_rows_kernel[(N, triton.cdiv(H, BLOCK_H))](source, index, scale, out, H, source.stride(0), BLOCK_H=BLOCK_H)
     return out
 
 

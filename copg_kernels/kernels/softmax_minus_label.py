@@ -3,8 +3,9 @@
     tile[r, v] = exp(residual[r]) * slope * (softmax(z[r])[v] - 1[v = label[r]])       slope: the cap's derivative
 
 exp(z - lse) with lse rounded to float32 carries the factor exp(residual); the label's column gets it too, so that the
-caller can take it out of the row with the coefficient. The label's column is expm1(logp), never a rounded probability minus one: for p > 0.99 that difference would keep no
-digit in bfloat16. Because the coefficient of a token stays outside, it multiplies a T x H operand instead of T x V.
+caller can take it out of the row with the coefficient. The label's column is expm1(logp), never a rounded probability
+minus one: for p > 0.99 that difference would keep no digit in bfloat16. A token's
+coefficient stays outside, so that it multiplies a T x H operand instead of T x V.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ import torch
 from torch import Tensor
 
 from copg_kernels.kernels.blocks import head_blocks
-from copg_kernels.kernels.head import Head, cap_slope, finish_logits, head_product, logits_tile_torch, tile_arguments
+from copg_kernels.kernels.head import (
+    Head,
+    cap_slope,
+    finish_logits,
+    head_product,
+    logits_tile_torch,
+    tile_arguments,
+)
 from copg_kernels.kernels.language import jit, tl, triton
 from copg_kernels.kernels.linear_logps_fwd import GROUP_N
 from copg_kernels.kernels.pack_rows import PackedRows
@@ -85,7 +93,9 @@ def _softmax_minus_label_kernel(
         offs_c = tl.arange(0, BLOCK_V // len(parts))
         start_c = tile * BLOCK_V + part * (BLOCK_V // len(parts))
         start_v = first_tile * BLOCK_V + start_c
-        z = finish_logits(parts[part], bias_ptr, start_v, V, logit_scale, inv_softcap, inv_temperature, HAS_BIAS, HAS_CAP)
+        z = finish_logits(
+            parts[part], bias_ptr, start_v, V, logit_scale, inv_softcap, inv_temperature, HAS_BIAS, HAS_CAP
+        )
         is_label = offs_c[None, :] == (label - start_v)[:, None]
         value = tl.where(is_label, label_value[:, None], tl.exp(z - lse[:, None])) * tile_scale
         if HAS_CAP:
@@ -113,7 +123,7 @@ def softmax_minus_label(
     start: int,
     out: Tensor,
 ) -> Tensor:
-    """(T, H), head (V, H), packed rows, (T,), (2, T) -> out (R, width) = TILE_SCALE * tile[:, start : start + width]."""
+    """(T, H), head (V, H), packed rows, (T,), (2, T) -> out (R, width), TILE_SCALE * tile[:, start:start + width]."""
     blocks = head_blocks(hidden_states.device, hidden_states.dtype)
     R, width = out.shape
     assert start % blocks.BLOCK_V == 0 and out.is_contiguous()

@@ -10,7 +10,13 @@ from copg_kernels.schedules.tile_ops import counted_rows, tile_ops
 
 
 def token_logps(
-    hidden_states: Tensor, head: Head, labels: Tensor, *, ignore_index: int, workspace_bytes: int, backend: str
+    hidden_states: Tensor,
+    head: Head,
+    labels: Tensor,
+    *,
+    ignore_index: int,
+    workspace_bytes: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(T, H), (T,) -> per_token_logps (T,), lse (2, T); 0 where ignored."""
     ops = tile_ops(backend)

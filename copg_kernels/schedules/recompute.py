@@ -1,9 +1,9 @@
 """Gradients for any upstream gradient per token, by recomputing the logits: three units of GEMM work.
 
-    for each slice of the vocabulary, all tokens at once:
-        tile   = softmax - onehot of the slice          recomputed, in the workspace
-        dX    += tile W[slice]                          float32, scaled by the tokens' coefficients at the end
-        dW[slice] = tile^T (coefficient * X)            written once
+for each slice of the vocabulary, all tokens at once:
+    tile   = softmax - onehot of the slice          recomputed, in the workspace
+    dX    += tile W[slice]                          float32, scaled by the tokens' coefficients at the end
+    dW[slice] = tile^T (coefficient * X)            written once
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """None where not wanted."""
+    """Empty tensors where not wanted."""
 
-    hidden_states: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
+    hidden_states: Tensor  # (T, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor  # (V,)
 
 
 def token_logps_bwd(
@@ -49,23 +49,20 @@ def token_logps_bwd(
     workspace_bytes: int,
     backend: str,
 ) -> Gradients:
-    """(T,) upstream gradient, (T,) log-probs, (2, T) lse -> gradients of hidden states (T, H), weight (V, H), bias (V,)."""
+    """(T,) upstream gradient, (T,) log-probs, (2, T) lse -> gradients of hidden states, weight and bias."""
     ops, dtype = tile_ops(backend), hidden_states.dtype
     accumulation, operand = accumulation_dtype(dtype), operand_dtype(dtype, backend)
     packed, rows = counted_rows(hidden_states, labels, ignore_index, backend)
     R, (V, H) = rows.row_index.numel(), head.weight.shape
-    # The tile's rows carry the factor exp(residual of lse): see softmax_minus_label.
-    coefficient = torch.where(labels != ignore_index, dlogps.to(accumulation) * -head.slope * (-lse[1]).exp(), 0.0)
-    coefficient, unit = _in_units(coefficient, operand)
-    packed_coefficient = coefficient.index_select(0, rows.row_index)
-
+    gradients = _allocate(hidden_states, head, needs, zero=R == 0)
     if R == 0:
-        inputs = (hidden_states, head.weight, head.bias)
-        return Gradients(*(torch.zeros_like(x) if need else None for x, need in zip(inputs, needs, strict=True)))
+        return gradients
 
-    dhidden = hidden_states.new_zeros((R, H), dtype=accumulation) if needs.hidden_states else None
-    dweight = torch.empty_like(head.weight) if needs.weight else None
-    dbias = torch.empty_like(head.bias) if needs.bias else None
+    # The tile's rows carry the factor exp(residual of lse): see softmax_minus_label.
+    coefficient = dlogps.to(accumulation) * -head.slope * (-lse[1]).exp()
+    coefficient, unit = _in_units(coefficient.where(labels != ignore_index, 0.0), operand)
+    packed_coefficient = coefficient.index_select(0, rows.row_index)
+    dhidden = hidden_states.new_zeros((R if needs.hidden_states else 0, H), dtype=accumulation)
     if needs.weight:
         scaled_hidden = ops.scale_rows(hidden_states, rows.row_index, packed_coefficient, operand)
 
@@ -78,12 +75,24 @@ def token_logps_bwd(
         if needs.hidden_states:
             addmm_fp32_(dhidden, tile, head.weight[start:stop].to(operand))
         if needs.weight:
-            _write_product(tile.T, scaled_hidden, unit, dweight[start:stop])
+            _write_product(tile.T, scaled_hidden, unit, gradients.weight[start:stop])
         if needs.bias:
-            _write_product(tile.T, packed_coefficient.to(operand).unsqueeze(1), unit, dbias[start:stop, None])
+            column = packed_coefficient.to(operand).unsqueeze(1)
+            _write_product(tile.T, column, unit, gradients.bias[start:stop].unsqueeze(1))
     if needs.hidden_states:
         dhidden = ops.scale_rows(dhidden, rows.position, coefficient * unit, dtype)
-    return Gradients(dhidden, dweight, dbias)
+        gradients = gradients._replace(hidden_states=dhidden)
+    return gradients
+
+
+def _allocate(hidden_states: Tensor, head: Head, needs: Needs, *, zero: bool) -> Gradients:
+    """Where gradients go; that of the hidden states is made last, unless all are zero."""
+    allocate = hidden_states.new_zeros if zero else hidden_states.new_empty
+    return Gradients(
+        allocate(hidden_states.shape if needs.hidden_states and zero else (0,)),
+        allocate(head.weight.shape if needs.weight else (0,)),
+        allocate(head.weight.shape[:1] if needs.bias else (0,)),
+    )
 
 
 def _in_units(coefficient: Tensor, operand: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ _TORCH = TileOps(
 
 
 def tile_ops(backend: str) -> TileOps:
-    """"triton" or "torch", already resolved."""
+    """ "triton" or "torch", already resolved."""
     return {"triton": _TRITON, "torch": _TORCH}[backend]
 
 
@@ -52,9 +52,7 @@ def operand_dtype(dtype: torch.dtype, backend: str) -> torch.dtype:
     return dtype if backend == "triton" else accumulation_dtype(dtype)
 
 
-def counted_rows(
-    hidden_states: Tensor, labels: Tensor, ignore_index: int, backend: str
-) -> tuple[Tensor, PackedRows]:
+def counted_rows(hidden_states: Tensor, labels: Tensor, ignore_index: int, backend: str) -> tuple[Tensor, PackedRows]:
     """The rows as the backend's tile operations want them.
 
     Kernels gather the counted rows themselves and read their number on the device; the twins get them packed.

@@ -1,0 +1,119 @@
+"""The operators as citizens of torch: opcheck, fullgraph compilation, hooks for checkpointing."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from copg_kernels import (
+    copg_loss,
+    linear_copg_loss,
+    linear_logps,
+    linear_sequence_loss,
+    losses,
+    sequence_logps,
+)
+from copg_kernels.ops import linear_copg_op, linear_logps_bwd_op, linear_logps_op
+from tests.conftest import DEVICE
+
+T, V, H = 24, 67, 16
+
+
+def operands(with_bias: bool = True) -> tuple:
+    hidden_states = torch.randn(T, H, device=DEVICE, requires_grad=True)
+    weight = torch.randn(V, H, device=DEVICE, requires_grad=True)
+    labels = torch.randint(V, (T,), device=DEVICE)
+    labels[3] = -100
+    return (
+        hidden_states,
+        weight,
+        labels,
+        torch.randn(V, device=DEVICE, requires_grad=True) if with_bias else None,
+    )
+
+
+def completions() -> tuple:
+    cu_seqlens = torch.tensor([0, 5, 11, 12, 24], dtype=torch.int32, device=DEVICE)
+    cu_groups = torch.tensor([0, 2, 4], dtype=torch.int32, device=DEVICE)
+    return *torch.randn(2, 4, device=DEVICE), cu_seqlens, cu_groups
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
+def test_opcheck(with_bias, backend):
+    head = (0.9, 8.0, 1.25, -100, 2**20, backend)
+    torch.library.opcheck(linear_logps_op, (*operands(with_bias), *head))
+    torch.library.opcheck(linear_copg_op, (*operands(with_bias), *completions(), 0.3, True, *head))
+    hidden_states, weight, labels, bias = (None if x is None else x.detach() for x in operands(with_bias))
+    logps, lse = linear_logps_op(hidden_states, weight, labels, bias, *head)
+    needs = [True, True, with_bias]
+    arguments = (torch.randn(T, device=DEVICE), hidden_states, weight, labels, bias, logps, lse, needs, *head)
+    torch.library.opcheck(linear_logps_bwd_op, arguments)
+
+
+def programs(backend: str) -> dict:
+    ref_logps, rewards, cu_seqlens, cu_groups = completions()
+    options = dict(softcap=8.0, temperature=1.25, backend=backend)
+
+    def of_tokens(hidden_states, weight, labels, bias):
+        return linear_logps(hidden_states, weight, labels, bias=bias, **options).square().sum()
+
+    def fused(hidden_states, weight, labels, bias):
+        batch = (hidden_states, weight, labels, ref_logps, rewards)
+        output = linear_copg_loss(*batch, beta=0.3, cu_seqlens=cu_seqlens, cu_groups=cu_groups, bias=bias, **options)
+        return output.loss + 0 * output.logps.sum()
+
+    def composed(hidden_states, weight, labels, bias):
+        token_logps = linear_logps(hidden_states, weight, labels, bias=bias, **options)
+        logps = sequence_logps(token_logps, labels, cu_seqlens=cu_seqlens)
+        return copg_loss(logps, ref_logps, rewards, beta=0.3, cu_groups=cu_groups)
+
+    def any_loss(hidden_states, weight, labels, bias):
+        batch = (hidden_states, weight, labels, ref_logps, rewards)
+        return linear_sequence_loss(
+            *batch, loss=losses.dpo_loss, beta=0.3, cu_seqlens=cu_seqlens, bias=bias, **options
+        ).loss
+
+    return dict(of_tokens=of_tokens, fused=fused, composed=composed, any_loss=any_loss)
+
+
+@pytest.mark.parametrize("program", ["of_tokens", "fused", "composed", "any_loss"])
+def test_compiled_without_a_graph_break_equals_eager(program, backend):
+    function = programs(backend)[program]
+    inputs = operands()
+    leaves = [x for x in inputs if x.requires_grad]
+    eager = function(*inputs)
+    compiled = torch.compile(function, fullgraph=True)(*inputs)
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+    gradients = zip(torch.autograd.grad(compiled, leaves), torch.autograd.grad(eager, leaves), strict=True)
+    for of_compiled, of_eager in gradients:
+        torch.testing.assert_close(of_compiled, of_eager, rtol=1e-4, atol=1e-6)
+
+
+def test_compiled_code_still_refuses_values():
+    function = torch.compile(
+        lambda logps, ref_logps, rewards: copg_loss(logps, ref_logps, rewards, beta=0.3), fullgraph=True
+    )
+    numbers = torch.randn(3, 4)
+    torch.testing.assert_close(function(*numbers), copg_loss(*numbers, beta=0.3))
+    numbers[2, 1] = float("nan")
+    with pytest.raises(RuntimeError, match="rewards must be finite"):
+        function(*numbers)
+
+
+def test_dynamic_number_of_tokens(backend):
+    """One compilation serves batches of any length."""
+    function = torch.compile(lambda x, w, y: linear_logps(x, w, y, backend=backend).sum(), fullgraph=True, dynamic=True)
+    hidden_states, weight, labels, _ = operands()
+    for length in (24, 17, 9):
+        x, y = hidden_states[:length], labels[:length]
+        torch.testing.assert_close(function(x, weight, y), linear_logps(x, weight, y, backend=backend).sum())
+
+
+def test_activation_checkpointing(backend):
+    hidden_states, weight, labels, _ = operands()
+
+    def block(x):
+        return linear_logps(x.tanh(), weight, labels, backend=backend).sum()
+
+    plain = torch.autograd.grad(block(hidden_states), (hidden_states, weight))
+    recomputed = torch.autograd.grad(checkpoint(block, hidden_states, use_reentrant=False), (hidden_states, weight))
+    assert all(torch.equal(*pair) for pair in zip(plain, recomputed, strict=True))

@@ -1,0 +1,142 @@
+"""Units of GEMM work and peak memory: what the cost model promises, counted."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from copg_kernels import linear_copg_loss, linear_logps
+from copg_kernels.kernels.head import Head
+from copg_kernels.schedules import forward, recompute
+from tests.conftest import DEVICE
+
+T, V, H = 96, 700, 40
+
+
+class MatmulFlops(TorchDispatchMode):
+    """Counts every matrix product, in-place and out= variants included, which FlopCounterMode leaves out."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = args[-2:] if name == "mm" else args[1:3]
+            self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        else:
+            assert not any(word in name for word in ("matmul", "bmm", "einsum", "linear", "addmv", "conv"))
+        return func(*args, **(kwargs or {}))
+
+
+def units(wanted: tuple[bool, bool] | None, counted: int = T) -> float:
+    """Head GEMMs of `counted` rows, in units of 2 T V H: the schedules' own products, below the operators."""
+    hidden_states, weight = torch.randn(T, H), torch.randn(V, H)
+    labels = torch.where(torch.arange(T) < counted, torch.randint(V, (T,)), -100)
+    head, options = (
+        Head(weight, None, 1.0, None, 1.0),
+        dict(ignore_index=-100, workspace_bytes=2**20, backend="torch"),
+    )
+    with MatmulFlops() as counter:
+        logps, lse = forward.token_logps(hidden_states, head, labels, **options)
+        if wanted:
+            needs = recompute.Needs(*wanted, bias=False)
+            recompute.token_logps_bwd(torch.randn(T), hidden_states, head, labels, logps, lse, needs, **options)
+    return counter.flops / (2 * counted * V * H)
+
+
+def test_units_of_work():
+    assert units(None) == 1
+    assert units((True, True)) == 4
+    assert units((True, False)) == 3
+    assert units((False, True)) == 3
+
+
+def test_ignored_rows_cost_nothing():
+    assert units(None, counted=T // 3) == 1
+    assert units((True, True), counted=T // 3) == 4
+
+
+def test_no_gradient_no_backward(monkeypatch):
+    """Under no_grad, and where nothing requires it, only the forward schedule runs."""
+    monkeypatch.setattr(recompute, "token_logps_bwd", lambda *args, **kwargs: pytest.fail("backward ran"))
+    hidden_states, weight = torch.randn(8, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    labels = torch.randint(9, (8,))
+    with torch.no_grad():
+        assert not linear_logps(hidden_states, weight, labels).requires_grad
+    assert not linear_logps(hidden_states.detach(), weight.detach(), labels).requires_grad
+
+
+# The subprocess's arguments: implementation, workspace in MiB. It prints the peak above inputs and gradients in MiB.
+MEASURE = """
+import ctypes, sys
+import torch
+from copg_kernels import linear_copg_loss
+from copg_kernels.reference import linear_copg_loss_ref
+
+def peak(reset=False):
+    if reset:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
+
+T, V, H = 1024, 32000, 128
+def step(rows, implementation):
+    x, w = torch.randn(rows, H, requires_grad=True), torch.randn(V, H).mul_(0.1).requires_grad_()
+    labels, cu_seqlens = torch.randint(V, (rows,)), torch.arange(0, rows + 1, rows // 4, dtype=torch.int32)
+    numbers = torch.randn(2, 4)
+    x.grad, w.grad = torch.zeros_like(x), torch.zeros_like(w)
+    before = peak(reset=True)
+    if implementation == "eager":
+        loss = linear_copg_loss_ref(x, w, labels, *numbers, beta=0.1, cu_seqlens=cu_seqlens)
+    else:
+        options = dict(workspace_bytes=int(sys.argv[2]) * 2**20)
+        loss = linear_copg_loss(x, w, labels, *numbers, beta=0.1, cu_seqlens=cu_seqlens, **options).loss
+    gradients = torch.autograd.grad(loss, (x, w))
+    return peak() - before - sum(g.numel() * g.element_size() for g in gradients) / 2**20
+
+step(64, sys.argv[1])  # thread pools and library buffers are not the operator's
+print(step(T, sys.argv[1]))
+"""
+
+
+def peak_mib(implementation: str, workspace_mib: int = 0) -> float:
+    command = [sys.executable, "-c", MEASURE, implementation, str(workspace_mib)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the high-water mark from /proc")
+def test_peak_memory_on_a_cpu():
+    """Workspace, a scaled copy of the hidden states, and O(T): never the 125 MiB of logits."""
+    eager = peak_mib("eager")
+    assert eager > 2 * 1024 * 32000 * 4 / 2**20
+    for workspace in (8, 32):
+        # 24 MiB for MKL's packing buffers and the allocator, measured 4 to 12.
+        assert peak_mib("fused", workspace) < workspace + 2 * 1024 * 128 * 4 / 2**20 + 24
+        assert peak_mib("fused", workspace) < 0.35 * eager
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+def test_peak_memory_on_a_gpu():
+    T, V, H = 4096, 128_256, 1024
+    x = torch.randn(T, H, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    w = torch.randn(V, H, device=DEVICE, dtype=torch.bfloat16).mul_(0.05).requires_grad_()
+    labels, cu_seqlens = (
+        torch.randint(V, (T,), device=DEVICE),
+        torch.arange(0, T + 1, 1024, device=DEVICE).int(),
+    )
+    numbers = torch.randn(2, 4, device=DEVICE)
+    with torch.no_grad():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        linear_logps(x, w, labels)
+        assert torch.cuda.max_memory_allocated() - before < 16 * 2**20 + 64 * T
+    workspace = 128 * 2**20
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss = linear_copg_loss(x, w, labels, *numbers, beta=0.1, cu_seqlens=cu_seqlens, workspace_bytes=workspace).loss
+    gradients = torch.autograd.grad(loss, (x, w))
+    above = torch.cuda.max_memory_allocated() - before - sum(g.numel() * 2 for g in gradients)
+    assert above < workspace + T * H * (2 + 4) + 16 * 2**20
