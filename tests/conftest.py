@@ -42,7 +42,8 @@ def fresh_memory_is_nan(monkeypatch):
         def wrapper(*args, **kwargs):
             tensor = allocate(*args, **kwargs)
             if not torch.compiler.is_compiling() and tensor.is_floating_point():
-                tensor.fill_(float("nan"))
+                with torch.no_grad():
+                    tensor.fill_(float("nan"))
             return tensor
 
         return wrapper
