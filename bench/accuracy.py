@@ -45,9 +45,7 @@ def exact(inputs: BenchInputs) -> Truth:
     dtype = torch.float32 if inputs.hidden_states.is_cuda else torch.float64
     weight = inputs.lm_head_weight.detach().to(dtype)
     num_rows = max(1, 2**26 // (weight.element_size() * len(weight)))
-    chunks = list(
-        zip(inputs.hidden_states.detach().split(num_rows), inputs.labels.split(num_rows), strict=True)
-    )
+    chunks = list(zip(inputs.hidden_states.detach().split(num_rows), inputs.labels.split(num_rows), strict=True))
     token_logps = torch.cat([linear_logps_ref(rows.to(dtype), weight, labels) for rows, labels in chunks])
 
     length = len(token_logps) // len(inputs.rewards)

@@ -47,9 +47,7 @@ def tiles() -> Tiles:
         head = Head(inputs.lm_head_weight.detach(), None, 1.0, None, 1.0)
         hidden_states, rows = counted_rows(inputs.hidden_states.detach(), inputs.labels, -100, BACKEND)
         ops = tile_ops(BACKEND)
-        return Tiles(
-            ops, inputs, hidden_states, head, rows, ops.linear_logps_fwd(hidden_states, head, rows, BUDGET)
-        )
+        return Tiles(ops, inputs, hidden_states, head, rows, ops.linear_logps_fwd(hidden_states, head, rows, BUDGET))
 
 
 def bench(benchmark: Any, run: Callable[[], object]) -> None:
@@ -84,9 +82,7 @@ def test_merge_splits(benchmark: Any, tiles: Tiles) -> None:
 def test_contrast(benchmark: Any, tiles: Tiles) -> None:
     inputs = tiles.inputs
     groups = torch.arange(0, len(inputs.rewards) + 1, inputs.group_size, dtype=torch.int32, device=DEVICE)
-    completions = Completions(
-        inputs.cu_seqlens, groups, inputs.ref_logps, inputs.rewards, inputs.beta, average=False
-    )
+    completions = Completions(inputs.cu_seqlens, groups, inputs.ref_logps, inputs.rewards, inputs.beta, average=False)
     bench(benchmark, lambda: tiles.ops.contrast_fwd(tiles.partials, tiles.rows, completions))
 
 
@@ -96,9 +92,7 @@ def test_softmax_minus_label(benchmark: Any, tiles: Tiles) -> None:
     out = gradient_tile(tiles)
     bench(
         benchmark,
-        lambda: tiles.ops.softmax_minus_label(
-            tiles.hidden_states, tiles.head, tiles.rows, token_logps, lse, 0, out
-        ),
+        lambda: tiles.ops.softmax_minus_label(tiles.hidden_states, tiles.head, tiles.rows, token_logps, lse, 0, out),
     )
 
 

@@ -135,15 +135,11 @@ def _flat_head(shape: Shape, regime: str, generator: torch.Generator) -> tuple[T
     """Standard normal logits and uniform labels."""
     hidden_states = _randn((shape.num_tokens, shape.hidden_size), generator)
     lm_head_weight = _randn((shape.vocab_size, shape.hidden_size), generator) / math.sqrt(shape.hidden_size)
-    labels = torch.randint(
-        shape.vocab_size, (shape.num_tokens,), generator=generator, device=generator.device
-    )
+    labels = torch.randint(shape.vocab_size, (shape.num_tokens,), generator=generator, device=generator.device)
     return hidden_states, lm_head_weight, labels
 
 
-def _sample_labels(
-    hidden_states: Tensor, lm_head_weight: Tensor, shape: Shape, generator: torch.Generator
-) -> Tensor:
+def _sample_labels(hidden_states: Tensor, lm_head_weight: Tensor, shape: Shape, generator: torch.Generator) -> Tensor:
     drawn = [
         torch.multinomial((rows @ lm_head_weight.T).softmax(-1), 1, generator=generator).squeeze(1)
         for (rows,) in _row_chunks(hidden_states, shape=shape)

@@ -70,9 +70,7 @@ def measure_table(
     }
 
 
-def _check_all(
-    inputs: BenchInputs, settings: Settings, advance: Callable[[str, int], object]
-) -> list[Candidate]:
+def _check_all(inputs: BenchInputs, settings: Settings, advance: Callable[[str, int], object]) -> list[Candidate]:
     truth = exact(inputs)
     advance("inputs and exact gradients", 1)
     candidates = []
@@ -144,9 +142,7 @@ def _row(
         "status": candidate.status,
         "seconds": _finite(timing.median) if timing else None,
         "spread": _finite(timing.spread) if timing else None,
-        "over_floor": {
-            str(units): timing.median / floor.of(units) for units in FLOOR_UNITS[pass_name] if timing
-        },
+        "over_floor": {str(units): timing.median / floor.of(units) for units in FLOOR_UNITS[pass_name] if timing},
         "peak_bytes": peaks.get(pass_name),
         "logps_error": _finite(errors.logps) if errors else None,
         "dhidden_error": _finite(errors.dhidden) if errors and has_gradients else None,

@@ -89,9 +89,7 @@ def load_torch_linear_cross_entropy() -> Provider:
     def token_logps(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor) -> Tensor:
         num_logits = 2**26 if hidden_states.is_cuda else 2**24
         options = options_class(batch_chunk_size=max(1, num_logits // len(lm_head_weight)))
-        losses = F.linear_cross_entropy(
-            hidden_states, lm_head_weight, labels, reduction="none", options=options
-        )
+        losses = F.linear_cross_entropy(hidden_states, lm_head_weight, labels, reduction="none", options=options)
         return -losses.float()
 
     return composed(token_logps)

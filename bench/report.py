@@ -39,9 +39,7 @@ def newest(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="?", help="what bench/run.py --json wrote")
     results_file = parser.parse_args().results or newest(ROOT / "bench" / "results")
     print(report(json.loads(results_file.read_text()), source_sha256()))

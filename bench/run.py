@@ -73,16 +73,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, metavar="SHAPE", help=", ".join(SHAPES))
     parser.add_argument("--regimes", nargs="+", choices=(*REGIMES, "flat"), default=["rl"])
-    parser.add_argument(
-        "--providers", nargs="+", choices=LOADERS, metavar="NAME", help="of: " + ", ".join(LOADERS)
-    )
+    parser.add_argument("--providers", nargs="+", choices=LOADERS, metavar="NAME", help="of: " + ", ".join(LOADERS))
     parser.add_argument("--repeats", type=positive, help="rounds of timing; default: 5 on a CPU, 20 on a GPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "local" / "results.json")

@@ -50,10 +50,7 @@ def cells(table: dict[str, Any]) -> list[tuple[str, ...]]:
 def plain(table: dict[str, Any]) -> str:
     """Aligned columns for a terminal. A reason in the place of a median runs on to the right."""
     rows = cells(table)
-    narrow = [
-        text if row["seconds"] is not None else text[:2]
-        for text, row in zip(rows, table["rows"], strict=True)
-    ]
+    narrow = [text if row["seconds"] is not None else text[:2] for text, row in zip(rows, table["rows"], strict=True)]
     widths = [max(map(len, column)) for column in zip_longest(HEADER, *narrow, fillvalue="")]
     lines = []
     for row in [HEADER, *rows]:
