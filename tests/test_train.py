@@ -49,6 +49,15 @@ def colour_examples(count: int) -> list[Example]:
     return examples
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors of a few hundred numbers: more threads would mostly wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "colours.jsonl"

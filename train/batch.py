@@ -49,9 +49,7 @@ def tokenize(
     for example in examples:
         prompt, *completions = (
             encoding.ids
-            for encoding in tokenizer.encode_batch(
-                [example.prompt, *example.completions], add_special_tokens=False
-            )
+            for encoding in tokenizer.encode_batch([example.prompt, *example.completions], add_special_tokens=False)
         )
         completions = [ids + [eos_id] for ids in completions]
         num_cut += (len(prompt) > max_prompt) + sum(len(ids) > max_completion for ids in completions)

@@ -38,9 +38,7 @@ def fused_objective(hidden_states: Tensor, lm_head_weight: Tensor, batch: Batch,
     return Objective(output.loss, output.log_ratios)
 
 
-def reference_objective(
-    hidden_states: Tensor, lm_head_weight: Tensor, batch: Batch, beta: float
-) -> Objective:
+def reference_objective(hidden_states: Tensor, lm_head_weight: Tensor, batch: Batch, beta: float) -> Objective:
     """Full logits in float64: the rounding that `--check` shows is then the fused operator's alone."""
     token_logps = linear_logps_ref(hidden_states.double(), lm_head_weight.double(), batch.labels)
     logps = sequence_logps_ref(token_logps, batch.labels, cu_seqlens=batch.cu_seqlens)
@@ -55,9 +53,7 @@ def reference_objective(
     return Objective(loss, (logps - batch.ref_logps).detach())
 
 
-def objective(
-    impl: str, hidden_states: Tensor, lm_head_weight: Tensor, batch: Batch, beta: float
-) -> Objective:
+def objective(impl: str, hidden_states: Tensor, lm_head_weight: Tensor, batch: Batch, beta: float) -> Objective:
     compute = fused_objective if impl == "fused" else reference_objective
     return compute(hidden_states, lm_head_weight, batch, beta)
 

@@ -91,9 +91,7 @@ def resume_run(config: Config, examples: Sequence[Example], state: dict, device:
     train_groups = with_ref_logps(train_groups, state["train_ref_logps"])
     heldout_groups = with_ref_logps(heldout_groups, state["heldout_ref_logps"])
     checkpoint.restore_rng(state["rng"])
-    return Run(
-        config, model, optimizer, tokenizer, train_groups, heldout_groups, state["data_digest"], state["step"]
-    )
+    return Run(config, model, optimizer, tokenizer, train_groups, heldout_groups, state["data_digest"], state["step"])
 
 
 def save_run(run: Run) -> Path:
@@ -109,15 +107,11 @@ def save_run(run: Run) -> Path:
     return checkpoint.save_checkpoint(Path(run.config.out), run.model, run.tokenizer, state)
 
 
-def token_groups(
-    config: Config, tokenizer: Tokenizer, examples: Sequence[Example]
-) -> tuple[list[Group], list[Group]]:
+def token_groups(config: Config, tokenizer: Tokenizer, examples: Sequence[Example]) -> tuple[list[Group], list[Group]]:
     """(training groups, held-out groups)"""
     limits = (config.max_prompt_tokens, config.max_completion_tokens)
     groups, num_cut = tokenize(examples, tokenizer, EOS_ID, *limits)
-    print(
-        f"{len(groups)} prompts; {num_cut} texts longer than {limits[0]} (prompt) or {limits[1]} tokens cut"
-    )
+    print(f"{len(groups)} prompts; {num_cut} texts longer than {limits[0]} (prompt) or {limits[1]} tokens cut")
     return split_heldout(groups, config.heldout_prompts, config.seed)
 
 
