@@ -4,12 +4,19 @@ Each lower bound is the oldest release the tests ran with (constraints/lowest.tx
 the newest.
 """
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
 
 setup(
     name="copg-kernels",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "copg_kernels/__init__.py").read_text()).group(1),
     description="Contrastive policy gradient fused with the language-model head, with no logits in memory",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["copg_kernels", "copg_kernels.*"]),
