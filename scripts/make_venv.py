@@ -81,17 +81,13 @@ def install_what_base_lacks(python: str, extras: str, editable: list[str]) -> No
     lacking = asked.stdout.split()
     unfit = [requirement for requirement in lacking if requirement.startswith(("torch>", "triton>"))]
     if unfit:
-        sys.exit(
-            f"{sys.executable} has a torch for GPUs, but not {' and '.join(unfit)}: set PYTHON= to another"
-        )
+        sys.exit(f"{sys.executable} has a torch for GPUs, but not {' and '.join(unfit)}: set PYTHON= to another")
     if lacking:
         pip_install(python, *lacking)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Make the virtual environment and install the project into it."
-    )
+    parser = argparse.ArgumentParser(description="Make the virtual environment and install the project into it.")
     parser.add_argument("venv", type=Path, help="where the environment is, or is to be")
     parser.add_argument("--extras", required=True, help="extras of setup.py, comma-separated")
     parser.add_argument("--constraints", required=True, help="pip constraints, used unless a torch is shared")
