@@ -6,74 +6,95 @@ on a CPU, fp32 with fp32 GEMMs on a GPU, for many cards have next to no float64.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench.inputs import BenchInputs
-from bench.providers import Provider, bind
+from bench.providers import FROZEN, MEAN_CE, TRAINABLE, UPSTREAM
 from copg_kernels.reference import copg_coefficients_ref, linear_logps_bwd_ref, linear_logps_ref
 
 WINDOW = 1024  # tokens over which log-probs are summed for the error of a sequence
 
 
 class Errors(NamedTuple):
-    logps: float  # largest error of the sum over WINDOW consecutive tokens, in nats
-    dhidden: float  # relative L2
-    dweight: float  # relative L2
+    """None: what the pass does not return."""
+
+    logps: float | None = None  # largest error of the sum over WINDOW consecutive tokens, in nats
+    dhidden: float | None = None  # relative L2
+    dweight: float | None = None  # relative L2
 
 
 # Beyond these a provider computes something else, and gets no time. In fp32, rounding stays ten times below.
 # The 16-bit bounds let eager through, whose rounded logits cost up to a nat per 1024 tokens and, through the
 # CoPG coefficients, several percent of the gradients: they catch mistakes, and the table shows the errors.
-BOUNDS = {
-    torch.float32: Errors(1e-2, 3e-4, 3e-4),
-    torch.float16: Errors(0.5, 0.05, 0.05),
-    torch.bfloat16: Errors(2.0, 0.2, 0.2),
+BOUNDS: dict[torch.dtype, tuple[float, float, float]] = {
+    torch.float32: (1e-2, 3e-4, 3e-4),
+    torch.float16: (0.5, 0.05, 0.05),
+    torch.bfloat16: (2.0, 0.2, 0.2),
 }
 
 
 class Truth(NamedTuple):
     token_logps: Tensor
-    dhidden: Tensor
-    dweight: Tensor
+    gradients: dict[str, tuple[Tensor, Tensor]]  # dhidden and dweight by pass
 
 
-def exact(inputs: BenchInputs) -> Truth:
-    """Log-probs and gradients of the CoPG loss, the logits in chunks of 64 MiB."""
-    dtype = torch.float32 if inputs.hidden_states.is_cuda else torch.float64
+def exact(inputs: BenchInputs, passes: Iterable[str], dtype: torch.dtype | None = None) -> Truth:
+    """Log-probs, and gradients for each of `passes` that has them, the logits in chunks of 64 MiB."""
+    dtype = dtype or (torch.float32 if inputs.hidden_states.is_cuda else torch.float64)
+    hidden_states = inputs.hidden_states.detach()
     weight = inputs.lm_head_weight.detach().to(dtype)
     num_rows = max(1, 2**26 // (weight.element_size() * len(weight)))
-    chunks = list(zip(inputs.hidden_states.detach().split(num_rows), inputs.labels.split(num_rows), strict=True))
+    chunks = list(zip(hidden_states.split(num_rows), inputs.labels.split(num_rows), strict=True))
     token_logps = torch.cat([linear_logps_ref(rows.to(dtype), weight, labels) for rows, labels in chunks])
 
-    length = len(token_logps) // len(inputs.rewards)
-    coefficients = copg_coefficients_ref(
-        token_logps.double().view(-1, length).sum(1),
-        inputs.ref_logps.double(),
-        inputs.rewards.double(),
-        beta=inputs.beta,
-        group_size=inputs.group_size,
-    )
-    dlogps = coefficients.to(dtype).repeat_interleave(length).split(num_rows)
-    dhidden, dweight = [], torch.zeros_like(weight)
-    for (rows, labels), dlogp in zip(chunks, dlogps, strict=True):
-        dx, dw, _ = linear_logps_bwd_ref(dlogp, rows.to(dtype), weight, labels)
-        dhidden.append(dx)
-        dweight += dw
-    return Truth(token_logps, torch.cat(dhidden), dweight)
+    gradients: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, upstream in _upstream(inputs, token_logps, passes).items():
+        dhidden, dweight = [], torch.zeros_like(weight)
+        for (rows, labels), dlogps in zip(chunks, upstream.to(dtype).split(num_rows), strict=True):
+            dx, dw, _ = linear_logps_bwd_ref(dlogps, rows.to(dtype), weight, labels)
+            dhidden.append(dx)
+            dweight += dw
+        gradients[name] = torch.cat(dhidden), dweight
+    if TRAINABLE in gradients:
+        gradients[FROZEN] = gradients[TRAINABLE]
+    return Truth(token_logps, gradients)
 
 
-def measure_errors(provider: Provider, inputs: BenchInputs, truth: Truth) -> Errors:
-    """Run both passes once."""
-    (token_logps,), (dhidden, dweight) = (run() for run in bind(provider, inputs).values())
+def _upstream(inputs: BenchInputs, token_logps: Tensor, passes: Iterable[str]) -> dict[str, Tensor]:
+    """(T,) gradient of each pass's loss in the token log-probs; a frozen head has that of a trainable one."""
+    upstream = {}
+    if TRAINABLE in passes or FROZEN in passes:
+        length = len(token_logps) // len(inputs.rewards)
+        coefficients = copg_coefficients_ref(
+            token_logps.double().view(-1, length).sum(1),
+            inputs.ref_logps.double(),
+            inputs.rewards.double(),
+            beta=inputs.beta,
+            group_size=inputs.group_size,
+        )
+        upstream[TRAINABLE] = coefficients.repeat_interleave(length)
+    if UPSTREAM in passes:
+        upstream[UPSTREAM] = inputs.dlogps
+    if MEAN_CE in passes:
+        counted = len(inputs.labels) if inputs.counted is None else len(inputs.counted)
+        upstream[MEAN_CE] = torch.full_like(inputs.dlogps, -1 / counted)
+    return upstream
+
+
+def logps_error(token_logps: Tensor, truth: Truth) -> Errors:
     window_errors = (token_logps.double() - truth.token_logps.double()).split(WINDOW)
-    return Errors(
-        max(abs(errors.sum().item()) for errors in window_errors),
-        _relative_l2(dhidden, truth.dhidden),
-        _relative_l2(dweight, truth.dweight),
-    )
+    sums = torch.stack([errors.sum() for errors in window_errors])
+    return Errors(logps=sums.abs().max().item())  # NaN stays NaN
+
+
+def gradient_errors(pass_name: str, gradients: tuple[Tensor, ...], truth: Truth) -> Errors:
+    """The head's gradient is missing where the head is frozen."""
+    pairs = zip(gradients, truth.gradients[pass_name], strict=False)
+    return Errors(None, *(_relative_l2(value, exact_value) for value, exact_value in pairs))
 
 
 def wrong(errors: Errors, dtype: torch.dtype) -> str | None:
@@ -82,7 +103,7 @@ def wrong(errors: Errors, dtype: torch.dtype) -> str | None:
     beyond = [
         f"{name} off by {error:.1e} (bound {bound:.0e})"
         for name, error, bound in zip(names, errors, BOUNDS[dtype], strict=True)
-        if not error <= bound
+        if error is not None and not error <= bound
     ]
     return "wrong numbers: " + ", ".join(beyond) if beyond else None
 

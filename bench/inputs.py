@@ -22,6 +22,7 @@ from torch import Tensor
 REGIMES = {"base": 1.0, "tuned": 0.75, "rl": 0.5}  # name: the divisor s
 SIGNIFICANT = 2.0**-12
 BETA = 0.1
+IGNORED = -100
 
 
 class Shape(NamedTuple):
@@ -31,6 +32,7 @@ class Shape(NamedTuple):
     num_tokens: int
     completion_length: int
     group_size: int = 2
+    ignored: float = 0.0  # share of every completion's tokens, at its start, that count for nothing: the prompt
 
 
 class BenchInputs(NamedTuple):
@@ -40,6 +42,8 @@ class BenchInputs(NamedTuple):
     ref_logps: Tensor
     rewards: Tensor
     cu_seqlens: Tensor
+    dlogps: Tensor  # (T,) a random upstream gradient of the token log-probs
+    counted: Tensor | None  # positions of the tokens that count; None: all
     group_size: int
     beta: float
 
@@ -73,7 +77,9 @@ def make_inputs(
     token_logps = torch.cat(
         [_label_logps(rows, lm_head_weight, y) for rows, y in _row_chunks(hidden_states, labels, shape=shape)]
     )
-    logps = token_logps.view(-1, shape.completion_length).sum(1)
+    num_ignored = int(shape.ignored * shape.completion_length)
+    labels.view(-1, shape.completion_length)[:, :num_ignored] = IGNORED
+    logps = token_logps.view(-1, shape.completion_length)[:, num_ignored:].sum(1)
     edges = torch.arange(len(logps) + 1, device=device, dtype=torch.int32) * shape.completion_length
     return BenchInputs(
         hidden_states=hidden_states.to(dtype).requires_grad_(),
@@ -82,6 +88,8 @@ def make_inputs(
         ref_logps=logps + _randn(logps.shape, generator),
         rewards=_randn(logps.shape, generator),
         cu_seqlens=edges,
+        dlogps=_randn(labels.shape, generator),
+        counted=(labels != IGNORED).nonzero().squeeze(1) if num_ignored else None,
         group_size=shape.group_size,
         beta=BETA,
     )

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from bench.accuracy import Errors, Truth, exact, measure_errors, wrong
+from bench.accuracy import Errors, Truth, exact, gradient_errors, logps_error, wrong
 from bench.inputs import BenchInputs, Shape, density, make_inputs
+from bench.loaders import LOADERS
 from bench.memory import cuda_peaks, host_peaks_in_child
-from bench.providers import LOADERS, PASSES, Provider, bind
+from bench.providers import LOG_PROBS, MEAN_CE, PASSES, TRAINABLE, Provider, Run, bind
 from bench.timing import Floor, Rounds, Timing, floor_cases, time_alternating
 
-# GEMM units a pass is set against: what nobody can avoid, and for gradients also the floor of a recompute.
-FLOOR_UNITS = {"log-probs": (1,), "loss+gradients": (3, 4)}
+Advance = Callable[[str, int], object]  # what comes next, and how many steps of `num_steps` are done
 
 
 class Settings(NamedTuple):
@@ -26,33 +26,41 @@ class Settings(NamedTuple):
     dtype: torch.dtype
     rounds: Rounds
     providers: tuple[str, ...]
+    passes: tuple[str, ...] = (LOG_PROBS, TRAINABLE)
     seed: int = 0
 
 
-class Candidate(NamedTuple):
-    name: str
-    provider: Provider | None
-    errors: Errors | None
+class Checked(NamedTuple):
+    """One row of the table before it is timed."""
+
+    provider: str
+    pass_name: str
     status: str  # "ok", or why there is no time
+    errors: Errors = Errors()
 
 
 def num_steps(settings: Settings) -> int:
     """Steps of the progress bar that a table takes."""
-    cases = 3 + len(PASSES) * len(settings.providers)
+    cases = 3 + len(settings.passes) * len(settings.providers)
     return 1 + 2 * len(settings.providers) + cases * settings.rounds.most
 
 
-def measure_table(
-    shape: Shape, regime: str, settings: Settings, advance: Callable[[str, int], object]
-) -> dict[str, Any]:
-    """`advance(doing, steps)` is told what comes next and how many steps of `num_steps` are done."""
+def measure_table(shape: Shape, regime: str, settings: Settings, advance: Advance) -> dict[str, Any]:
     advance("inputs and exact gradients", 0)
     inputs = make_inputs(shape, regime, settings.dtype, settings.device, settings.seed)
-    candidates = _check_all(inputs, settings, advance)
-    sound = {c.name: c.provider for c in candidates if c.provider is not None and c.status == "ok"}
+    providers, rows = load_providers(settings.providers, settings.device)
+    truth = exact(inputs, _with_ceiling(settings.passes) if _has_ceiling(providers) else settings.passes)
+    advance("inputs and exact gradients", 1)
+    for name, provider in providers.items():
+        advance(f"checking {name}", 0)
+        rows += check(name, bind(provider, inputs), settings.passes, truth)
+        advance(f"checking {name}", 1)
+    rows.sort(key=lambda row: settings.providers.index(row.provider))
 
-    floor, timings = _time_all(inputs, sound, settings, advance)
-    peaks = _weigh_all(inputs, sound, settings, advance)
+    sound = [row for row in rows if row.status == "ok"]
+    runs = {name: bind(provider, inputs) for name, provider in providers.items()}
+    floor, timings = _time_all(inputs, sound, runs, settings, advance)
+    peaks = _weigh_all(inputs, sound, providers, settings, advance)
     return {
         "shape": shape._asdict(),
         "regime": regime,
@@ -62,93 +70,39 @@ def measure_table(
         "seed": settings.seed,
         "rounds": timings["floor", "logits"].rounds,
         "floor_seconds": floor._asdict(),
-        "rows": [
-            _row(candidate, name, timings, floor, peaks.get(candidate.name, {}))
-            for candidate in candidates
-            for name in PASSES
-        ],
+        "rows": [_row(row, timings.get((row.provider, row.pass_name)), floor, peaks) for row in rows],
     }
 
 
-def _check_all(inputs: BenchInputs, settings: Settings, advance: Callable[[str, int], object]) -> list[Candidate]:
-    truth = exact(inputs)
-    advance("inputs and exact gradients", 1)
-    candidates = []
-    for name in settings.providers:
-        advance(f"checking {name}", 0)
-        candidates.append(_check(name, inputs, truth))
-        advance(f"checking {name}", 1)
-    return candidates
+def load_providers(names: tuple[str, ...], device: torch.device) -> tuple[dict[str, Provider], list[Checked]]:
+    """Those that can be had, and a row with the reason for each of the others."""
+    providers, missing = {}, []
+    for name in names:
+        try:
+            providers[name] = LOADERS[name](device)
+        except ImportError as reason:
+            missing.append(Checked(name, "all", _first_line(reason)))
+        except Exception as failure:  # a library that cannot even be imported here
+            missing.append(Checked(name, "all", f"failed to load: {_named(failure)}"))
+    return providers, missing
 
 
-def _check(name: str, inputs: BenchInputs, truth: Truth) -> Candidate:
-    try:
-        provider = LOADERS[name]()
-    except ImportError as reason:
-        return Candidate(name, None, None, f"not available: {reason}")
-    try:
-        errors = measure_errors(provider, inputs, truth)
-    except Exception as failure:  # a contestant that cannot run here must not take the table with it
-        first_line = (str(failure).strip().splitlines() or [""])[0]
-        return Candidate(name, None, None, f"failed: {type(failure).__name__}: {first_line}")
-    return Candidate(name, provider, errors, wrong(errors, inputs.hidden_states.dtype) or "ok")
-
-
-def _time_all(
-    inputs: BenchInputs,
-    providers: dict[str, Provider],
-    settings: Settings,
-    advance: Callable[[str, int], object],
-) -> tuple[Floor, dict[tuple[str, str], Timing]]:
-    cases = {("floor", gemm): run for gemm, run in floor_cases(inputs).items()}
-    for name, provider in providers.items():
-        cases |= {(name, pass_name): run for pass_name, run in bind(provider, inputs).items()}
-    timings = time_alternating(cases, settings.rounds, settings.device, lambda: advance("timing", 1))
-    return Floor(*(timings["floor", gemm].median for gemm in Floor._fields)), timings
-
-
-def _weigh_all(
-    inputs: BenchInputs,
-    providers: dict[str, Provider],
-    settings: Settings,
-    advance: Callable[[str, int], object],
-) -> dict[str, dict[str, int]]:
-    advance("peak memory", 0)
-    if settings.device.type == "cuda":
-        peaks = {name: cuda_peaks(provider, inputs) for name, provider in providers.items()}
-    else:
-        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max_workers=2) as pool:
-            inputs_file = Path(folder) / "inputs.pt"
-            torch.save(tuple(inputs), inputs_file)
-            found = pool.map(lambda name: host_peaks_in_child(inputs_file, name), providers)
-            peaks = dict(zip(providers, found, strict=True))
-    advance("peak memory", len(providers))
-    return peaks
-
-
-def _row(
-    candidate: Candidate,
-    pass_name: str,
-    timings: dict[tuple[str, str], Timing],
-    floor: Floor,
-    peaks: dict[str, int],
-) -> dict[str, Any]:
-    errors = candidate.errors
-    has_gradients = errors is not None and pass_name == "loss+gradients"
-    timing = timings.get((candidate.name, pass_name))
-    return {
-        "provider": candidate.name,
-        "pass": pass_name,
-        "status": candidate.status,
-        "seconds": _finite(timing.median) if timing else None,
-        "spread": _finite(timing.spread) if timing else None,
-        "over_floor": {str(units): timing.median / floor.of(units) for units in FLOOR_UNITS[pass_name] if timing},
-        "peak_bytes": peaks.get(pass_name),
-        "logps_error": _finite(errors.logps) if errors else None,
-        "dhidden_error": _finite(errors.dhidden) if errors and has_gradients else None,
-        "dweight_error": _finite(errors.dweight) if errors and has_gradients else None,
-    }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def check(name: str, runs: dict[str, Run], passes: tuple[str, ...], truth: Truth) -> Iterator[Checked]:
+    """A row per pass. Wrong log-probs cost a provider the time of every pass, for all are made of them."""
+    wanted = [pass_name for pass_name in _with_ceiling(passes) if pass_name in runs]
+    logps = Errors()
+    dtype = next(iter(truth.gradients.values()))[0].dtype if truth.gradients else truth.token_logps.dtype
+    for pass_name in dict.fromkeys([LOG_PROBS, *wanted] if LOG_PROBS in runs else wanted):
+        try:
+            returned = runs[pass_name]()
+        except Exception as failure:  # a contestant that cannot run here must not take the table with it
+            errors, status = Errors(), f"failed: {_named(failure)}"
+        else:
+            dtype = returned[0].dtype if pass_name != LOG_PROBS else dtype
+            if pass_name == LOG_PROBS:
+                errors = logps = logps_error(returned[0], truth)
+            else:
+                errors = gradient_errors(pass_name, returned, truth)._replace(logps=logps.logps)
+            status = "ok"
+        if pass_name in wanted:
+            yield Checked(name, pass_name, status, errors)

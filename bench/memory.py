@@ -3,7 +3,7 @@
 CUDA counts its own allocations. A CPU process has one high-water mark that only grows, so each provider gets
 a process of its own, which resets the mark (Linux) once inputs are loaded and libraries are awake:
 
-    python -m bench.memory inputs.pt <provider>        prints {"log-probs": bytes, "loss+gradients": bytes}
+    python -m bench.memory inputs.pt <provider> <pass>...        prints {"log-probs": bytes, ...}
 """
 
 from __future__ import annotations
@@ -20,31 +20,33 @@ import torch
 from torch import Tensor
 
 from bench.inputs import BenchInputs, Shape, make_inputs
-from bench.providers import LOADERS, Provider, bind
+from bench.loaders import LOADERS
+from bench.providers import Provider, bind
 
 ROOT = Path(__file__).resolve().parents[1]
 RESET_MARK = Path("/proc/self/clear_refs")
 WARM_UP = Shape("warm-up", 64, 16, 8, 4)
 
 
-def cuda_peaks(provider: Provider, inputs: BenchInputs) -> dict[str, int]:
+def cuda_peaks(provider: Provider, inputs: BenchInputs, passes: list[str]) -> dict[str, int]:
     """Bytes by pass. The provider has run before, so no library workspace is charged to it."""
     peaks = {}
-    for name, run in bind(provider, inputs).items():
+    runs = bind(provider, inputs)
+    for name in passes:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        returned = run()
+        returned = runs[name]()
         torch.cuda.synchronize()
         peaks[name] = torch.cuda.max_memory_allocated() - before - _num_bytes(returned)
     return peaks
 
 
-def host_peaks_in_child(inputs_file: Path, provider_name: str) -> dict[str, int]:
+def host_peaks_in_child(inputs_file: Path, provider_name: str, passes: list[str]) -> dict[str, int]:
     """Bytes by pass, measured by a process that does nothing else. Empty where that fails or is no Linux."""
     if not RESET_MARK.exists():
         return {}
-    command = [sys.executable, "-m", "bench.memory", str(inputs_file), provider_name]
+    command = [sys.executable, "-m", "bench.memory", str(inputs_file), provider_name, *passes]
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if child.returncode != 0:
         print(f"memory of {provider_name} was not measured:\n{child.stderr}", file=sys.stderr)
@@ -62,17 +64,19 @@ def host_peak(run: Callable[[], tuple[Tensor, ...]]) -> int:
     return max(0, _status_bytes("VmHWM") - before - _num_bytes(returned))
 
 
-def _child_main(inputs_file: str, provider_name: str) -> None:
+def _child_main(inputs_file: str, provider_name: str, *passes: str) -> None:
     inputs = BenchInputs(*torch.load(inputs_file))
     inputs.hidden_states.requires_grad_()
     inputs.lm_head_weight.requires_grad_()
-    provider = LOADERS[provider_name]()
+    provider = LOADERS[provider_name](torch.device("cpu"))
     # Thread pools and code pages come with the first call, and a compiler with the first call at a shape.
     # Others warm up on a tiny shape, so that a buffer they keep for the real one is charged to them.
     small = make_inputs(WARM_UP, "flat", inputs.hidden_states.dtype, "cpu")
-    for run in bind(provider, inputs if provider.compiles_per_shape else small).values():
-        run()
-    print(json.dumps({name: host_peak(run) for name, run in bind(provider, inputs).items()}))
+    warm_up = bind(provider, inputs if provider.compiles_per_shape else small)
+    for name in passes:
+        warm_up[name]()
+    runs = bind(provider, inputs)
+    print(json.dumps({name: host_peak(runs[name]) for name in passes}))
 
 
 def _status_bytes(field: str) -> int:

@@ -1,10 +1,11 @@
-"""The contestants. Each gives two callables on the same inputs, and the benchmark runs two passes with them.
+"""The contestants. Each gives two callables on the same inputs, and the benchmark makes its passes of them.
 
-    log-probs          log_probs(inputs) -> (T,) token log-probabilities, under no_grad
-    loss+gradients     loss(inputs) -> scalar, to be differentiated in hidden_states and lm_head_weight
+    log_probs(inputs) -> (T,) token log-probabilities, 0 where a label is ignored
+    loss(inputs) -> scalar, to be differentiated in hidden_states and lm_head_weight
 
 A provider that only offers token log-probabilities gets the CoPG loss from `composed`, the same for all.
-`LOADERS` maps a name to a function that makes the provider, or raises ImportError with the reason it cannot.
+`LOADERS` maps a name to a function that makes the provider, or raises ImportError with the reason it cannot; the
+libraries a user might pick instead of this one are in peers.py.
 """
 
 from __future__ import annotations
@@ -18,12 +19,20 @@ from torch.nn import functional as F
 
 from bench.inputs import BenchInputs
 
-PASSES = ("log-probs", "loss+gradients")
+LOG_PROBS = "log-probs"
+TRAINABLE = "loss+gradients"
+FROZEN = "frozen head"
+UPSTREAM = "any gradient"
+MEAN_CE = "mean CE, no CoPG"
+# Each pass with the GEMMs that nobody can avoid. An upstream gradient that is known only after the log-probs needs the
+# logits twice; the loss of a whole group can be had while they are still there.
+PASSES = {LOG_PROBS: 1, TRAINABLE: 3, FROZEN: 2, UPSTREAM: 4, MEAN_CE: 3}
 TokenLogps = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden_states, lm_head_weight, labels -> (T,)
+Run = Callable[[], tuple[Tensor, ...]]
 
 
 class Provider(NamedTuple):
-    log_probs: Callable[[BenchInputs], Tensor]
+    log_probs: Callable[[BenchInputs], Tensor] | None  # None: `loss` is a token-mean cross entropy, a ceiling for CoPG
     loss: Callable[[BenchInputs], Tensor]
     compiles_per_shape: bool = False
 
@@ -32,7 +41,12 @@ def composed(token_logps: TokenLogps) -> Provider:
     """Sequence sums and CoPG in plain PyTorch on top of differentiable token log-probabilities."""
 
     def log_probs(inputs: BenchInputs) -> Tensor:
-        return token_logps(inputs.hidden_states, inputs.lm_head_weight, inputs.labels)
+        hidden_states, labels, counted = inputs.hidden_states, inputs.labels, inputs.counted
+        if counted is None:
+            return token_logps(hidden_states, inputs.lm_head_weight, labels)
+        # Not all of them know an ignored label, and none is faster with it than with fewer rows.
+        logps = token_logps(hidden_states[counted], inputs.lm_head_weight, labels[counted])
+        return logps.new_zeros(labels.shape).index_copy(0, counted, logps)
 
     def loss(inputs: BenchInputs) -> Tensor:
         logps = log_probs(inputs).view(len(inputs.rewards), -1).sum(1)  # completions have one length
@@ -42,18 +56,24 @@ def composed(token_logps: TokenLogps) -> Provider:
     return Provider(log_probs, loss)
 
 
-def bind(provider: Provider, inputs: BenchInputs) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
-    """The two passes as calls without arguments, each returning all that it hands to its caller."""
+def bind(provider: Provider, inputs: BenchInputs) -> dict[str, Run]:
+    """The passes as calls without arguments, each returning all that it hands to its caller."""
+    operands = (inputs.hidden_states, inputs.lm_head_weight)
+    frozen = inputs._replace(lm_head_weight=inputs.lm_head_weight.detach())
+    log_probs = provider.log_probs
+    if log_probs is None:
+        return {MEAN_CE: lambda: torch.autograd.grad(provider.loss(inputs), operands)}
 
-    def log_probs() -> tuple[Tensor, ...]:
+    def without_gradients() -> tuple[Tensor, ...]:
         with torch.no_grad():
-            return (provider.log_probs(inputs),)
+            return (log_probs(inputs),)
 
-    def loss_and_gradients() -> tuple[Tensor, ...]:
-        loss = provider.loss(inputs)
-        return torch.autograd.grad(loss, (inputs.hidden_states, inputs.lm_head_weight))
-
-    return dict(zip(PASSES, (log_probs, loss_and_gradients), strict=True))
+    return {
+        LOG_PROBS: without_gradients,
+        TRAINABLE: lambda: torch.autograd.grad(provider.loss(inputs), operands),
+        FROZEN: lambda: torch.autograd.grad(provider.loss(frozen), operands[:1]),
+        UPSTREAM: lambda: torch.autograd.grad(log_probs(inputs), operands, inputs.dlogps),
+    }
 
 
 def eager_token_logps(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor) -> Tensor:
@@ -62,12 +82,13 @@ def eager_token_logps(hidden_states: Tensor, lm_head_weight: Tensor, labels: Ten
     return logits.float().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
-def load_eager() -> Provider:
+def load_eager(device: torch.device) -> Provider:
     return composed(eager_token_logps)
 
 
-def load_compiled_eager() -> Provider:
-    eager = load_eager()
+def load_compiled_eager(device: torch.device) -> Provider:
+    eager = composed(eager_token_logps)
+    assert eager.log_probs is not None
     # Every shape is compiled for itself: sizes known to the compiler are the stronger baseline.
     torch.compiler.reset()
     return Provider(
@@ -77,7 +98,7 @@ def load_compiled_eager() -> Provider:
     )
 
 
-def load_torch_linear_cross_entropy() -> Provider:
+def load_torch_linear_cross_entropy(device: torch.device) -> Provider:
     """PyTorch's own chunked head, in chunks of 64 MiB (CPU) or 256 MiB (GPU) of fp32 logits.
 
     The chunks it picks by itself hold 2 to 16 rows at our CPU shapes, which costs it a factor of 3 to 20.
@@ -95,7 +116,7 @@ def load_torch_linear_cross_entropy() -> Provider:
     return composed(token_logps)
 
 
-def load_ours() -> Provider:
+def load_ours(device: torch.device) -> Provider:
     from copg_kernels import linear_copg_loss, linear_logps
 
     def log_probs(inputs: BenchInputs) -> Tensor:
@@ -114,13 +135,3 @@ def load_ours() -> Provider:
         ).loss
 
     return Provider(log_probs, loss)
-
-
-OURS = "copg-kernels"
-EAGER = "eager"
-LOADERS: dict[str, Callable[[], Provider]] = {
-    EAGER: load_eager,
-    "compiled eager": load_compiled_eager,
-    "torch linear_cross_entropy": load_torch_linear_cross_entropy,
-    OURS: load_ours,
-}

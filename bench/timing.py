@@ -51,10 +51,12 @@ class Floor(NamedTuple):
 def floor_cases(inputs: BenchInputs) -> dict[str, Callable[[], object]]:
     """The GEMMs of `Floor` as timed cases.
 
-    The logits go to a buffer that is there already, for nobody has to allocate them; the gradients are new
+    Only rows that count take part. The logits go to a buffer that is there already, for nobody has to allocate them; the gradients are new
     tensors, as they are for every provider.
     """
     hidden_states, lm_head_weight = inputs.hidden_states.detach(), inputs.lm_head_weight.detach()
+    if inputs.counted is not None:
+        hidden_states = hidden_states[inputs.counted]
     logits = torch.mm(hidden_states, lm_head_weight.T)
     return {
         "logits": lambda: torch.mm(hidden_states, lm_head_weight.T, out=logits),

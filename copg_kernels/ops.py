@@ -28,14 +28,16 @@ def linear_logps_op(
 ) -> tuple[Tensor, Tensor]:
     """(T, H), (V, H), (T,) -> per_token_logps (T,), lse (2, T)."""
     checks.require_labels(labels, lm_head_weight.shape[0], ignore_index)
-    return forward.token_logps(
-        _row_major(hidden_states),
-        Head(_row_major(lm_head_weight), bias, logit_scale, softcap, temperature),
-        labels,
-        ignore_index=ignore_index,
-        workspace_bytes=workspace_bytes,
-        backend=backend,
-    )
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(hidden_states):
+        return forward.token_logps(
+            _row_major(hidden_states),
+            Head(_row_major(lm_head_weight), bias, logit_scale, softcap, temperature),
+            labels,
+            ignore_index=ignore_index,
+            workspace_bytes=workspace_bytes,
+            backend=backend,
+        )
 
 
 @linear_logps_op.register_fake
@@ -61,18 +63,19 @@ def linear_logps_bwd_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(T,) upstream gradient -> gradients of hidden_states, lm_head_weight, bias; an empty tensor where not needed."""
-    return recompute.token_logps_bwd(
-        dlogps.contiguous(),
-        _row_major(hidden_states),
-        Head(_row_major(lm_head_weight), bias, logit_scale, softcap, temperature),
-        labels,
-        per_token_logps,
-        lse,
-        recompute.Needs(*needs),
-        ignore_index=ignore_index,
-        workspace_bytes=workspace_bytes,
-        backend=backend,
-    )
+    with torch.cuda.device_of(hidden_states):
+        return recompute.token_logps_bwd(
+            dlogps.contiguous(),
+            _row_major(hidden_states),
+            Head(_row_major(lm_head_weight), bias, logit_scale, softcap, temperature),
+            labels,
+            per_token_logps,
+            lse,
+            recompute.Needs(*needs),
+            ignore_index=ignore_index,
+            workspace_bytes=workspace_bytes,
+            backend=backend,
+        )
 
 
 @linear_logps_bwd_op.register_fake
@@ -134,15 +137,16 @@ def linear_copg_op(
     checks.require_finite("rewards", rewards)
     if average_logps:
         checks.require_nonempty(segment_sum(labels != ignore_index, cu_seqlens))
-    return forward.copg(
-        _row_major(hidden_states),
-        Head(_row_major(lm_head_weight), bias, logit_scale, softcap, temperature),
-        labels,
-        Completions(cu_seqlens, cu_groups, ref_logps, rewards, beta, average_logps),
-        ignore_index=ignore_index,
-        workspace_bytes=workspace_bytes,
-        backend=backend,
-    )
+    with torch.cuda.device_of(hidden_states):
+        return forward.copg(
+            _row_major(hidden_states),
+            Head(_row_major(lm_head_weight), bias, logit_scale, softcap, temperature),
+            labels,
+            Completions(cu_seqlens, cu_groups, ref_logps, rewards, beta, average_logps),
+            ignore_index=ignore_index,
+            workspace_bytes=workspace_bytes,
+            backend=backend,
+        )
 
 
 @linear_copg_op.register_fake

@@ -81,6 +81,12 @@ def test_shapes(shape, dtype, backend):
     check(make_inputs(*shape, dtype), backend)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
+def test_bfloat16_of_the_torch_backend(shape):
+    """The twins accumulate in float32 on any device; the interpreter cannot multiply this type."""
+    check(make_inputs(*shape, torch.bfloat16), "torch")
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "plain")
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 def test_options(options, dtype, backend):
@@ -293,11 +299,18 @@ def test_gradcheck():
 
 def test_long_sequences_of_16_bit_operands(backend):
     """Design target: a 1024-token log-probability within 5e-4 nat of float64 of the same operands."""
-    dtype = KERNEL_DTYPES[-1]
+    dtype = torch.bfloat16 if backend == "torch" else KERNEL_DTYPES[-1]
     inputs = make_inputs(1024, 211, 48, dtype, ignored=False)
     logps = linear_logps(**inputs, backend=backend)
     gold = linear_logps_ref(**upcast(inputs, torch.float64))
     assert (logps.double().sum() - gold.sum()).abs() < 5e-4
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_of_another_device_than_the_current_one():
+    inputs = {name: x.detach().to("cuda:1") for name, x in make_inputs(20, 67, 24).items()}
+    gold = linear_logps_ref(**upcast(inputs, torch.float64))
+    assert (linear_logps(**inputs) - gold).abs().max() < 1e-4
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs 13 GB of device memory")

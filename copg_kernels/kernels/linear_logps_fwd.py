@@ -106,15 +106,7 @@ def _linear_logps_fwd_kernel(
         for part in tl.static_range(len(parts)):
             start_v = tile * BLOCK_V + part * top.shape[1]
             z = finish_logits(
-                parts[part],
-                bias_ptr,
-                start_v,
-                V,
-                logit_scale,
-                inv_softcap,
-                inv_temperature,
-                HAS_BIAS,
-                HAS_CAP,
+                parts[part], bias_ptr, start_v, V, logit_scale, inv_softcap, inv_temperature, HAS_BIAS, HAS_CAP
             )
             is_label = tl.arange(0, top.shape[1])[None, :] == (label - start_v)[:, None]
             exps += tl.where(is_label, 0.0, tl.exp(z - new_max[:, None]))
