@@ -10,13 +10,17 @@ INSTALLED := $(VENV)/.installed
 LINT_INSTALLED := $(VENV)/.installed-lint
 SETUP := setup.py scripts/make_venv.py $(wildcard constraints/*.txt)
 
-.PHONY: test bench lint format clean
+.PHONY: test bench gpu-evidence lint format clean
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python bench/run.py $(BENCH_FLAGS)
+
+# The GPU's own Python, not .venv: it is the one with a torch, a Triton and peers built for that GPU.
+gpu-evidence:
+	$(PYTHON) bench/gpu_evidence.py
 
 lint: $(LINT_INSTALLED)
 	$(VENV)/bin/python -m ruff check .

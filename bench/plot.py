@@ -1,56 +1,88 @@
-"""Results as a picture: time over the GEMM floor, and peak memory."""
+"""Results as pictures: time over the GEMM floor with peak memory, and time against memory."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from bench.providers import OURS
+from bench.loaders import OURS
+from bench.providers import FROZEN, LOG_PROBS, PASSES, TRAINABLE
+from bench.suites import CHOSEN, HEADS
 from bench.tables import title
+
+PANELS = (LOG_PROBS, TRAINABLE, FROZEN)
+
+
+def save_plots(tables: list[dict[str, Any]], json_path: Path) -> list[Path]:
+    """Beside the JSON file: the bars of every table, and time against memory where several providers ran."""
+    bars, pareto = json_path.with_suffix(".png"), json_path.with_name(json_path.stem + "-pareto.png")
+    plot(tables, bars)
+    compared = [t for t in tables if t["about"] in (HEADS, CHOSEN) and len(_timed(t, TRAINABLE)) > 1]
+    if not compared:
+        return [bars]
+    plot_pareto(compared, pareto)
+    return [bars, pareto]
 
 
 def plot(tables: list[dict[str, Any]], path: Path) -> None:
-    """A line of panels per table: both passes against their floor, then the memory of loss+gradients."""
+    """A line of panels per table: the passes against their floor, then the memory of loss+gradients."""
+    figure, axes = _figure(len(tables), len(PANELS) + 1, 0.2 * max(len(table["rows"]) for table in tables))
+    for line, table in zip(axes, tables, strict=True):
+        line[1].set_title(title(table), fontsize=9)
+        for axis, pass_name in zip(line, PANELS, strict=False):
+            _time_bars(axis, table, pass_name)
+        _memory_bars(line[-1], table)
+    figure.savefig(path, dpi=100)
+
+
+def plot_pareto(tables: list[dict[str, Any]], path: Path) -> None:
+    """Loss and gradients: each provider a point, the lower left corner the best."""
+    figure, axes = _figure(1, len(tables), 4.0)
+    for axis, table in zip(axes[0], tables, strict=True):
+        rows = [row for row in _timed(table, TRAINABLE) if row["peak_bytes"]]
+        for row, color in zip(rows, _colors(rows), strict=True):
+            point = (row["peak_bytes"] / 2**20, row["over_floor"])
+            axis.scatter(*point, color=color)
+            axis.annotate(row["provider"], point, xytext=(4, 4), textcoords="offset points", fontsize=7)
+        axis.axhline(1, color="gray", linestyle="--", linewidth=1, zorder=0)
+        axis.set_xscale("log")
+        axis.set_xlabel("peak MiB above inputs and gradients", fontsize=8)
+        axis.set_ylabel(f"time / {PASSES[TRAINABLE]} GEMMs", fontsize=8)
+        axis.set_title(f"{table['shape']['name']} {table['regime']} T={table['shape']['num_tokens']}", fontsize=8)
+        axis.margins(0.25)
+    figure.savefig(path, dpi=100)
+
+
+def _figure(lines: int, columns: int, height: float) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    figure, axes = pyplot.subplots(
-        len(tables), 3, figsize=(14, 0.8 + 2.4 * len(tables)), squeeze=False, layout="constrained"
-    )
-    for line, table in zip(axes, tables, strict=True):
-        line[1].set_title(title(table), fontsize=9)
-        _time_bars(line[0], table, "log-probs", "1")
-        _time_bars(line[1], table, "loss+gradients", "3")
-        _memory_bars(line[2], table)
-        line[1].tick_params(labelleft=False)
-        line[2].tick_params(labelleft=False)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    figure = Figure(figsize=(4.5 * columns, 0.8 + max(2.0, height) * lines), layout="constrained")
+    return figure, figure.subplots(lines, columns, squeeze=False)
 
 
-def _time_bars(axis: Any, table: dict[str, Any], pass_name: str, units: str) -> None:
-    rows = _rows(table, pass_name)
-    heights = [row["over_floor"].get(units, 0.0) for row in rows]
+def _time_bars(axis: Any, table: dict[str, Any], pass_name: str) -> None:
+    rows = _timed(table, pass_name)
     axis.axvline(1, color="gray", linestyle="--", linewidth=1, zorder=0)
-    bars = axis.barh([row["provider"] for row in rows], heights, color=_colors(rows))
-    axis.bar_label(bars, [f"{height:.2f}" if height else "no time" for height in heights], padding=3)
-    axis.set_xlabel(f"{pass_name}: time / {units} GEMM{'s' if units != '1' else ''}", fontsize=9)
-    axis.margins(x=0.2)
-    axis.invert_yaxis()
+    bars = axis.barh([row["provider"] for row in rows], [row["over_floor"] for row in rows], color=_colors(rows))
+    axis.bar_label(bars, fmt="%.2f", padding=3)
+    axis.set_xlabel(f"{pass_name}: time / GEMMs of the floor: {PASSES[pass_name]}", fontsize=9)
+    _finish(axis)
 
 
 def _memory_bars(axis: Any, table: dict[str, Any]) -> None:
-    rows = _rows(table, "loss+gradients")
-    mebibytes = [(row["peak_bytes"] or 0) / 2**20 for row in rows]
+    rows = [row for row in _timed(table, TRAINABLE) if row["peak_bytes"] is not None]
+    mebibytes = [row["peak_bytes"] / 2**20 for row in rows]
     bars = axis.barh([row["provider"] for row in rows], mebibytes, color=_colors(rows))
-    labels = [
-        "not measured" if row["peak_bytes"] is None else f"{size:.0f}"
-        for row, size in zip(rows, mebibytes, strict=True)
-    ]
-    axis.bar_label(bars, labels, padding=3)
+    axis.bar_label(bars, fmt="%.0f", padding=3)
     axis.set_xlabel("loss+gradients: peak MiB above inputs and gradients", fontsize=9)
+    _finish(axis)
+
+
+def _finish(axis: Any) -> None:
+    axis.tick_params(labelsize=7)
     axis.margins(x=0.2)
     axis.invert_yaxis()
 
@@ -59,5 +91,5 @@ def _colors(rows: list[dict[str, Any]]) -> list[str]:
     return ["tab:orange" if row["provider"] == OURS else "tab:blue" for row in rows]
 
 
-def _rows(table: dict[str, Any], pass_name: str) -> list[dict[str, Any]]:
-    return [row for row in table["rows"] if row["pass"] == pass_name]
+def _timed(table: dict[str, Any], pass_name: str) -> list[dict[str, Any]]:
+    return [row for row in table["rows"] if row["pass"] == pass_name and row["seconds"] is not None]

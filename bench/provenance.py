@@ -28,6 +28,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {package: _version(package) for package in ("torch", "triton")}
         | ({"cuda": str(torch.version.cuda)} if device.type == "cuda" else {}),
+        "peers": _peer_versions(),
         "num_threads": torch.get_num_threads(),
     }
 
@@ -49,6 +50,13 @@ def device_name(device: torch.device) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{models[0] if models else platform.machine()}, {os.cpu_count()} CPUs"
+
+
+def _peer_versions() -> dict[str, str]:
+    """Of what bench/requirements-peers.txt names, and flash-attn."""
+    lines = (ROOT / "bench" / "requirements-peers.txt").read_text().splitlines()
+    names = [line.split("==")[0] for line in lines if line and not line.startswith("#")]
+    return {name: _version(name) for name in (*names, "flash-attn")}
 
 
 def _script() -> str:

@@ -1,9 +1,10 @@
-"""Time and weigh the CoPG loss of this library beside what a user would write instead.
+"""Time and weigh the CoPG loss of this library beside what a user would write or install instead.
 
-    python bench/run.py                       the shapes that fit this device, under three minutes
-    python bench/run.py --shapes llama-3 gpt2 --regimes rl base --repeats 30 --json elsewhere/results.json
+    python bench/run.py                       the quick suite: one head, every provider, under three minutes
+    python bench/run.py --suite full          every head, regime, case and scaling, under nine minutes on one H200
+    python bench/run.py --shapes llama-3 gpt2 --regimes rl base --ignored 0.5 --repeats 30
 
-Prints a table per shape and regime, and writes the same as JSON with its provenance, and as a plot beside it.
+Prints a table per shape and regime, and writes the same as JSON with its provenance, and as plots beside it.
 bench/README.md says how to read it.
 """
 
@@ -22,70 +23,122 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench.fidelity import measure_fidelity
 from bench.inputs import REGIMES, SHAPES
+from bench.loaders import LOADERS
 from bench.measure import Settings, measure_table, num_steps
-from bench.plot import plot
+from bench.plot import save_plots
 from bench.provenance import ROOT, provenance
-from bench.providers import LOADERS
+from bench.providers import FROZEN, LOG_PROBS, TRAINABLE, UPSTREAM
+from bench.suites import CHOSEN, MAIN_PASSES, MINUTES, SUITES, Job
+from bench.summaries import summaries
 from bench.tables import plain
 from bench.timing import Rounds
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEFAULTS = {
-    "cpu": {"dtype": "float32", "shapes": ("cpu-32k", "cpu-gpt2"), "repeats": 5},
-    "cuda": {"dtype": "bfloat16", "shapes": ("llama-3", "gpt2"), "repeats": 20},
-}
-# What keeps a run without arguments under three minutes on a busy machine: fewer rounds, then fewer tables.
-SECONDS_PER_TABLE = 25.0
-LAST_START = 110.0
+DEFAULT_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
+DEFAULT_SHAPE = {"cpu": "cpu-32k", "cuda": "llama-3"}
+DEFAULT_REPEATS = {"cpu": 5, "cuda": 20}
+# What keeps a suite in its time on a busy machine: fewer rounds, then fewer tables.
+SECONDS_PER_TABLE = {"cpu": 25.0, "cuda": 10.0}
+CHOICES = ("shapes", "regimes", "passes", "ignored", "group_size", "tokens", "completion_length")
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     options = parse(argv)
     device = torch.device(options.device)
-    rounds = Rounds(options.repeats, options.seconds)
-    settings = Settings(device, DTYPES[options.dtype], rounds, tuple(options.providers), options.seed)
-    jobs = [(SHAPES[name], regime) for name in options.shapes for regime in options.regimes]
-    results: dict[str, Any] = {"provenance": provenance(device), "tables": [], "skipped": []}
-    start = time.perf_counter()
+    results: dict[str, Any] = {"provenance": provenance(device), "suite": options.suite, "tables": [], "skipped": []}
     print(f"{results['provenance']['device']}, torch {torch.__version__}")
+    measure_jobs(jobs(options), options, results)
+    if options.suite:
+        results["fidelity"] = measure_fidelity(tuple(options.providers), device)
+    for summary in summaries(results):
+        print(f"\n{summary.plain()}")
+    for name in results["skipped"]:
+        print(f"\nskipped, the time was up: {name}")
+    save(results, options.json)
+    return results
 
-    with tqdm(total=len(jobs) * num_steps(settings), unit="step", leave=False) as bar:
 
-        def advance(doing: str, steps: int) -> None:
+def measure_jobs(chosen: list[Job], options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """A suite starts no table that, taking as long as the longest so far, would end too late; the first it does."""
+    start, longest = time.perf_counter(), 0.0
+    steps = [num_steps(settings_for(job, options)) for job in chosen]
+    with tqdm(total=sum(steps), unit="step", leave=False) as bar:
+
+        def advance(doing: str, done: int) -> None:
             bar.set_description(doing, refresh=False)
-            bar.update(steps)
+            bar.update(done)
 
-        for number, (shape, regime) in enumerate(jobs, 1):
-            if results["tables"] and time.perf_counter() - start > options.last_start:
-                results["skipped"].append(shape.name)
+        for number, job in enumerate(chosen, 1):
+            begin = time.perf_counter()
+            if results["tables"] and begin - start + longest > 60 * options.minutes:
+                results["skipped"].append(f"{job.about}, {job.shape.name} {job.regime} T={job.shape.num_tokens}")
                 continue
-            table = measure_table(shape, regime, settings, advance)
+            table = {"about": job.about} | measure_table(job.shape, job.regime, settings_for(job, options), advance)
             # Rounds that the clock cut off and providers without a time leave steps over.
-            bar.update(number * num_steps(settings) - bar.n)
+            bar.update(sum(steps[:number]) - bar.n)
             results["tables"].append(table)
+            longest = max(longest, time.perf_counter() - begin)
             bar.write(f"\n{plain(table)}")
 
-    for name in results["skipped"]:
-        print(f"\n{name} skipped, this machine is slow or busy: run it with --shapes {name}")
-    save(results, options.json, options.plot or options.json.with_suffix(".png"))
-    return results
+
+def jobs(options: argparse.Namespace) -> list[Job]:
+    """The suite's tables, or a table for each combination of what was asked for."""
+    if options.suite:
+        chosen = SUITES[options.suite](torch.device(options.device))
+        return [job._replace(providers=tuple(n for n in job.providers if n in options.providers)) for job in chosen]
+    replaced = {
+        field: value
+        for field, value in (
+            ("ignored", options.ignored),
+            ("group_size", options.group_size),
+            ("num_tokens", options.tokens),
+            ("completion_length", options.completion_length),
+        )
+        if value is not None
+    }
+    passes = tuple(options.passes or MAIN_PASSES)
+    return [
+        Job(CHOSEN, SHAPES[name]._replace(**replaced), regime, passes, tuple(options.providers))
+        for name in options.shapes or [DEFAULT_SHAPE[options.device]]
+        for regime in options.regimes or ["rl"]
+    ]
+
+
+def settings_for(job: Job, options: argparse.Namespace) -> Settings:
+    rounds = Rounds(options.repeats, options.seconds)
+    return Settings(
+        torch.device(options.device), DTYPES[options.dtype], rounds, job.providers, job.passes, options.seed
+    )
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, metavar="SHAPE", help=", ".join(SHAPES))
-    parser.add_argument("--regimes", nargs="+", choices=(*REGIMES, "flat"), default=["rl"])
-    parser.add_argument("--providers", nargs="+", choices=LOADERS, metavar="NAME", help="of: " + ", ".join(LOADERS))
-    parser.add_argument("--repeats", type=positive, help="rounds of timing; default: 5 on a CPU, 20 on a GPU")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "local" / "results.json")
-    parser.add_argument("--plot", type=Path, help="default: the path of --json, ending in .png")
+    add = parser.add_argument
+    add("--suite", choices=SUITES, help="default: quick, unless something below chooses the tables")
+    add("--minutes", type=float, help="time for a suite's tables; default: 3 for quick, 9 for full")
+    add("--shapes", nargs="+", choices=SHAPES, metavar="SHAPE", help=", ".join(SHAPES))
+    add("--regimes", nargs="+", choices=(*REGIMES, "flat"))
+    add("--passes", nargs="+", choices=(LOG_PROBS, TRAINABLE, FROZEN, UPSTREAM), metavar="PASS")
+    add("--ignored", type=float, metavar="SHARE", help="share of tokens with an ignored label")
+    add("--group-size", type=positive)
+    add("--tokens", type=positive)
+    add("--completion-length", type=positive)
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
+    add("--providers", nargs="+", choices=LOADERS, metavar="NAME", help="of: " + ", ".join(LOADERS))
+    add("--repeats", type=positive, help="rounds of timing; default: at most 5 on a CPU, 20 on a GPU")
+    add("--seed", type=int, default=0)
+    add("--json", type=Path, default=ROOT / "bench" / "results" / "local" / "results.json")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
+    chosen = [name for name in CHOICES if getattr(options, name) is not None]
+    if options.suite and chosen:
+        parser.error(f"--suite chooses its own {chosen[0].replace('_', '-')}")
+    if not chosen:
+        options.suite = options.suite or "quick"
     fill_in(options)
     return options
 
@@ -93,12 +146,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def fill_in(options: argparse.Namespace) -> None:
     """Defaults that depend on the device, or on another option."""
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.dtype = options.dtype or DEFAULT_DTYPE[options.device]
     options.providers = options.providers or list(LOADERS)
-    options.seconds = SECONDS_PER_TABLE if options.repeats is None else math.inf
-    options.last_start = LAST_START if options.shapes is None else math.inf
-    for name, value in DEFAULTS[options.device].items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    options.seconds = SECONDS_PER_TABLE[options.device] if options.repeats is None else math.inf
+    options.repeats = options.repeats or DEFAULT_REPEATS[options.device]
+    options.minutes = options.minutes or MINUTES.get(options.suite, math.inf)
 
 
 def positive(text: str) -> int:
@@ -108,17 +160,16 @@ def positive(text: str) -> int:
     return value
 
 
-def save(results: dict[str, Any], json_path: Path, plot_path: Path) -> None:
-    for path in (json_path, plot_path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    json_path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    print(f"\nwrote {json_path}")
+def save(results: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    print(f"\nwrote {path}")
     try:
-        plot(results["tables"], plot_path)
+        written = save_plots(results["tables"], path)
     except ImportError:
-        print("no plot: matplotlib is not installed (pip install 'copg-kernels[bench]')")
+        print("no plots: matplotlib is not installed (pip install 'copg-kernels[bench]')")
     else:
-        print(f"wrote {plot_path}")
+        print("\n".join(f"wrote {plot}" for plot in written))
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ class Floor(NamedTuple):
 def floor_cases(inputs: BenchInputs) -> dict[str, Callable[[], object]]:
     """The GEMMs of `Floor` as timed cases.
 
-    Only rows that count take part. The logits go to a buffer that is there already, for nobody has to allocate them; the gradients are new
-    tensors, as they are for every provider.
+    Only rows that count take part. The logits go to a buffer that is there already, for nobody has to allocate them;
+    the gradients are new tensors, as they are for every provider.
     """
     hidden_states, lm_head_weight = inputs.hidden_states.detach(), inputs.lm_head_weight.detach()
     if inputs.counted is not None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import accuracy, measure, memory, provenance, providers, report, tables, timing
+from bench import accuracy, loaders, measure, memory, provenance, providers, report, suites, tables, timing
 from bench import inputs as inputs_module
 from bench.inputs import MODEL_SHAPES, REGIMES, Shape, density, make_inputs
 from copg_kernels.reference import linear_copg_loss_ref, linear_logps_ref
@@ -21,11 +21,11 @@ def tiny_inputs(regime="rl", dtype=torch.float32, seed=0):
     return make_inputs(TINY, regime, dtype, "cpu", seed)
 
 
-def tiny_table(monkeypatch, loaders, rounds=2):
+def tiny_table(monkeypatch, loaders, rounds=2, passes=("log-probs", "loss+gradients")):
     monkeypatch.setattr(measure, "LOADERS", loaders)
-    monkeypatch.setattr(measure, "host_peaks_in_child", lambda file, name: {})
-    settings = measure.Settings(CPU, torch.float32, timing.Rounds(rounds), tuple(loaders))
-    return measure.measure_table(TINY, "rl", settings, lambda doing, steps: None)
+    monkeypatch.setattr(measure, "host_peaks_in_child", lambda file, name, passes: {})
+    settings = measure.Settings(CPU, torch.float32, timing.Rounds(rounds), tuple(loaders), passes)
+    return {"about": "heads"} | measure.measure_table(TINY, "rl", settings, lambda doing, steps: None)
 
 
 # Inputs
@@ -90,6 +90,15 @@ def test_shapes_are_whole_groups():
         make_inputs(TINY._replace(num_tokens=50), "rl", torch.float32, "cpu")
 
 
+def checked(name, inputs):
+    """Rows of a provider that is there, all four passes; skips where it is not."""
+    passes = tuple(name for name in providers.PASSES if name != providers.MEAN_CE)
+    found, missing = measure.load_providers((name,), CPU)
+    if missing:
+        pytest.skip(missing[0].status)
+    return measure.check(name, found[name], inputs, passes, accuracy.exact(inputs, passes))
+
+
 # Checks before timing
 
 
@@ -106,22 +115,20 @@ def test_truth_is_autograd_through_the_specification(monkeypatch):
         cu_seqlens=inputs.cu_seqlens,
     )
     dhidden, dweight = torch.autograd.grad(loss, operands)
-    truth = accuracy.exact(inputs)
-    torch.testing.assert_close(truth.dhidden, dhidden)
-    torch.testing.assert_close(truth.dweight, dweight)
+    truth = accuracy.exact(inputs, [providers.TRAINABLE, providers.FROZEN, providers.UPSTREAM])
+    torch.testing.assert_close(truth.gradients[providers.TRAINABLE], (dhidden, dweight))
+    assert truth.gradients[providers.FROZEN][0] is truth.gradients[providers.TRAINABLE][0]
+    logps = linear_logps_ref(*operands, inputs.labels)
+    upstream = torch.autograd.grad(logps, operands, inputs.dlogps.double())
+    torch.testing.assert_close(truth.gradients[providers.UPSTREAM], upstream)
 
 
-@pytest.mark.parametrize("name", [providers.EAGER, providers.OURS, "torch linear_cross_entropy"])
+@pytest.mark.parametrize("name", [loaders.EAGER, loaders.OURS, "torch linear_cross_entropy"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sound_providers_pass(name, dtype):
-    try:
-        provider = providers.LOADERS[name]()
-    except ImportError as reason:
-        pytest.skip(str(reason))
-    inputs = tiny_inputs(dtype=dtype)
-    errors = accuracy.measure_errors(provider, inputs, accuracy.exact(inputs))
-    assert accuracy.wrong(errors, dtype) is None
-    assert errors.dweight > 0
+    rows = checked(name, tiny_inputs(dtype=dtype))
+    assert [row.status for row in rows] == ["ok"] * 4
+    assert rows[1].errors.dweight > 0 and rows[2].errors.dweight is None
 
 
 @pytest.mark.parametrize("fault", ["log-probs", "gradients", "nan"])
@@ -134,9 +141,11 @@ def test_wrong_provider_is_shown_with_its_error_and_no_time(monkeypatch, fault):
             return logps * torch.nan
         return logps + 1e-3 * (hidden_states - hidden_states.detach()).sum(-1)
 
-    loaders = {"eager": providers.load_eager, "faulty": lambda: providers.composed(faulty)}
+    loaders = {"eager": providers.load_eager, "faulty": lambda device: providers.composed(faulty)}
     rows = tiny_table(monkeypatch, loaders)["rows"]
-    sound, wrong = rows[:2], rows[2:]
+    # Right log-probs keep their time where only the gradients are wrong; wrong ones cost every pass its time.
+    num_sound = 3 if fault == "gradients" else 2
+    sound, wrong = rows[:num_sound], rows[num_sound:]
     assert all(row["status"] == "ok" and row["seconds"] > 0 for row in sound)
     assert all(row["status"].startswith("wrong numbers") and row["seconds"] is None for row in wrong)
     if fault == "log-probs":
@@ -144,7 +153,7 @@ def test_wrong_provider_is_shown_with_its_error_and_no_time(monkeypatch, fault):
 
 
 def test_provider_that_cannot_run_keeps_its_row(monkeypatch):
-    def missing():
+    def missing(device):
         raise ImportError("no such library")
 
     def crashing(*operands):
@@ -153,11 +162,11 @@ def test_provider_that_cannot_run_keeps_its_row(monkeypatch):
     loaders = {
         "eager": providers.load_eager,
         "missing": missing,
-        "crashing": lambda: providers.composed(crashing),
+        "crashing": lambda device: providers.composed(crashing),
     }
     table = tiny_table(monkeypatch, loaders)
     for text in (tables.plain(table), tables.markdown(table)):
-        assert "not available: no such library" in text
+        assert "no such library" in text and text.count("missing") == 1
         assert "failed: RuntimeError: no kernel for this GPU" in text and "long story" not in text
 
 
@@ -202,9 +211,9 @@ def test_host_peak_counts_what_is_freed_and_not_what_is_returned():
 def test_eager_is_seen_to_hold_the_logits(tmp_path):
     shape = Shape("", 8192, 16, 1024, 16)
     torch.save(tuple(make_inputs(shape, "flat", torch.float32, "cpu")), tmp_path / "inputs.pt")
-    peaks = memory.host_peaks_in_child(tmp_path / "inputs.pt", providers.EAGER)
+    peaks = memory.host_peaks_in_child(tmp_path / "inputs.pt", loaders.EAGER, ["log-probs", "loss+gradients"])
     logits = 4 * shape.num_tokens * shape.vocab_size
-    assert list(peaks) == list(providers.PASSES)
+    assert list(peaks) == ["log-probs", "loss+gradients"]
     assert 1.5 * logits < peaks["loss+gradients"] < 4 * logits
 
 
@@ -230,9 +239,9 @@ def test_run_writes_json_with_provenance_and_plot(monkeypatch, tmp_path, capsys)
     from bench import run
 
     monkeypatch.setitem(run.SHAPES, "tiny", TINY)
-    monkeypatch.setattr(measure, "host_peaks_in_child", lambda file, name: {"log-probs": MIB})
+    monkeypatch.setattr(measure, "host_peaks_in_child", lambda file, name, passes: {"log-probs": MIB})
     path = tmp_path / "new" / "results.json"
-    chosen = ["--device", "cpu", "--shapes", "tiny", "--providers", providers.EAGER, providers.OURS]
+    chosen = ["--device", "cpu", "--shapes", "tiny", "--providers", loaders.EAGER, loaders.OURS]
     run.main([*chosen, "--regimes", "rl", "flat", "--repeats", "3", "--json", str(path)])
 
     results = json.loads(path.read_text())
@@ -242,28 +251,28 @@ def test_run_writes_json_with_provenance_and_plot(monkeypatch, tmp_path, capsys)
     assert {"python", "torch", "triton"} <= set(origin["versions"])
     assert [table["regime"] for table in results["tables"]] == ["rl", "flat"]
     for row in results["tables"][0]["rows"]:
-        units = ["1"] if row["pass"] == "log-probs" else ["3", "4"]
-        assert row["seconds"] > 0 and list(row["over_floor"]) == units
+        assert row["seconds"] > 0 and row["over_floor"] > 0
+        assert row["units"] == {"log-probs": 1, "loss+gradients": 3, "frozen head": 2}[row["pass"]]
     printed = capsys.readouterr().out
-    assert "not measured" in printed and providers.OURS in printed
+    assert "not measured" in printed and loaders.OURS in printed
     plotted = find_spec("matplotlib") is not None
     assert path.with_suffix(".png").exists() == plotted
+    assert path.with_name("results-pareto.png").exists() == plotted
 
 
-def test_default_run_skips_tables_when_late_and_says_so(monkeypatch, tmp_path, capsys):
+def test_suite_skips_tables_when_late_and_says_so(monkeypatch, tmp_path, capsys):
     pytest.importorskip("tqdm")
     from bench import run
 
-    monkeypatch.setitem(run.SHAPES, "tiny", TINY)
-    monkeypatch.setitem(run.SHAPES, "tiny-2", TINY._replace(name="tiny-2"))
-    monkeypatch.setitem(run.DEFAULTS, "cpu", {"dtype": "float32", "shapes": ("tiny", "tiny-2"), "repeats": 1})
-    monkeypatch.setattr(measure, "host_peaks_in_child", lambda file, name: {})
-    monkeypatch.setattr(run, "LAST_START", 0.0)
-    chosen = ["--device", "cpu", "--providers", providers.EAGER, "--json", str(tmp_path / "results.json")]
-    results = run.main(chosen)
-    assert [table["shape"]["name"] for table in results["tables"]] == ["tiny"]
-    assert results["skipped"] == ["tiny-2"] and "tiny-2 skipped" in capsys.readouterr().out
-    assert len(run.main([*chosen, "--shapes", "tiny", "tiny-2"])["tables"]) == 2
+    twice = [suites.Job("heads", TINY), suites.Job("regimes", TINY, "flat")]
+    monkeypatch.setitem(run.SUITES, "full", lambda device: twice)
+    monkeypatch.setattr(measure, "host_peaks_in_child", lambda file, name, passes: {})
+    monkeypatch.setattr(run, "measure_fidelity", lambda names, device: {})
+    chosen = ["--device", "cpu", "--suite", "full", "--providers", loaders.EAGER, "--repeats", "1"]
+    results = run.main([*chosen, "--minutes", "1e-6", "--json", str(tmp_path / "results.json")])
+    assert [table["about"] for table in results["tables"]] == ["heads"]
+    assert results["skipped"] == ["regimes, tiny flat T=48"]
+    assert "time was up: regimes, tiny flat" in capsys.readouterr().out
 
 
 def test_report_says_when_the_sources_have_changed(monkeypatch):

@@ -1,0 +1,70 @@
+"""What `bench/run.py --suite` measures: tables in the order in which they matter, for the last may be cut off."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from bench.inputs import CPU_SHAPES, MODEL_SHAPES, Shape
+from bench.loaders import EAGER, LOADERS, OURS
+from bench.providers import FROZEN, LOG_PROBS, TRAINABLE, UPSTREAM
+
+# The pair every comparison needs, with the one whose speed hangs on the regime: it drops negligible tiles.
+FEW = (EAGER, "cut-cross-entropy", OURS)
+MAIN_PASSES = (LOG_PROBS, TRAINABLE, FROZEN)
+SCALING = "scaling"
+HEADS = "heads"
+CHOSEN = "chosen"
+
+
+class Job(NamedTuple):
+    """One table."""
+
+    about: str  # what is varied
+    shape: Shape
+    regime: str = "rl"
+    passes: tuple[str, ...] = MAIN_PASSES
+    providers: tuple[str, ...] = tuple(LOADERS)
+
+
+def quick(device: torch.device) -> list[Job]:
+    """One head: the first of those for this device."""
+    return [Job(HEADS, _heads(device)[0])]
+
+
+def full(device: torch.device) -> list[Job]:
+    main, *others = _heads(device)
+    return [
+        Job(HEADS, main, passes=(*MAIN_PASSES, UPSTREAM)),
+        *(Job(HEADS, shape) for shape in others),
+        *(Job("regimes", main, regime, (TRAINABLE, FROZEN), FEW) for regime in ("base", "tuned", "flat")),
+        Job("ignored tokens", main._replace(ignored=0.5), providers=FEW),
+        _long_group(main),
+        *_growing(main),
+        *(Job("group size", main._replace(group_size=k), passes=(TRAINABLE,), providers=FEW) for k in (4, 8)),
+    ]
+
+
+def _heads(device: torch.device) -> tuple[Shape, ...]:
+    return MODEL_SHAPES if device.type == "cuda" else CPU_SHAPES
+
+
+def _long_group(shape: Shape) -> Job:
+    """All tokens in one group: its logits are beyond any workspace we would choose by default."""
+    longest = shape._replace(completion_length=shape.num_tokens // 2)
+    return Job("long group", longest, passes=(TRAINABLE, FROZEN), providers=FEW)
+
+
+def _growing(shape: Shape) -> list[Job]:
+    """Three sizes, 16-fold from the first to the last, around the shape's own."""
+    length = shape.completion_length // 4
+    sizes = (shape.num_tokens // 8, shape.num_tokens // 2, shape.num_tokens * 2)
+    return [
+        Job(SCALING, shape._replace(num_tokens=size, completion_length=length), passes=(TRAINABLE,), providers=FEW)
+        for size in sizes
+    ]
+
+
+SUITES = {"quick": quick, "full": full}
+MINUTES = {"quick": 3.0, "full": 9.0}
