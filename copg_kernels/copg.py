@@ -25,6 +25,8 @@ class CoPGOutput(NamedTuple):
     """(N,) A = rewards - beta * log_ratios."""
     log_ratios: Tensor
     """(N,) logps - ref_logps; their mean over samples of the policy estimates the KL divergence."""
+    gemm_units: Tensor
+    """() int64, head GEMMs of this loss with its gradients: 3 where whole groups fit the workspace, 4 recomputed."""
 
 
 def sequence_logps(
@@ -164,7 +166,7 @@ def linear_copg_loss(
         bias, logit_scale, softcap, temperature, ignore_index, sparse_eps, workspace_bytes, backend: as `linear_logps`.
 
     Returns:
-        CoPGOutput(loss, logps, regularized_rewards, log_ratios), float32.
+        CoPGOutput(loss, logps, regularized_rewards, log_ratios, gemm_units), float32.
 
     Raises:
         TypeError, ValueError: as `linear_logps`, `sequence_logps` and `copg_loss`; on a GPU the values of tensors are
@@ -182,7 +184,10 @@ def linear_copg_loss(
     backend = checks.resolve_backend(backend, hidden_states)
     workspace = checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend)
     dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-    loss, logps, regularized_rewards, log_ratios, *_ = linear_copg_op(
+    trains = [
+        torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_states, lm_head_weight, bias)
+    ]
+    loss, logps, regularized_rewards, log_ratios, *_, gemm_units = linear_copg_op(
         hidden_states.reshape(-1, hidden_states.shape[-1]),
         lm_head_weight,
         labels.reshape(-1),
@@ -193,6 +198,7 @@ def linear_copg_loss(
         groups,
         float(beta),
         average_logps,
+        trains,
         float(logit_scale),
         None if softcap is None else float(softcap),
         float(temperature),
@@ -200,7 +206,7 @@ def linear_copg_loss(
         workspace,
         backend,
     )
-    return CoPGOutput(loss, logps, regularized_rewards, log_ratios)
+    return CoPGOutput(loss, logps, regularized_rewards, log_ratios, gemm_units)
 
 
 def linear_sequence_loss(
@@ -250,7 +256,9 @@ def linear_sequence_loss(
     value = loss(logps, ref_logps.detach(), rewards.detach(), beta=beta, **groups)
     log_ratios = logps.detach() - ref_logps.detach().to(logps.dtype)
     regularized_rewards = rewards.detach().to(logps.dtype) - beta * log_ratios
-    return CoPGOutput(value, logps.detach(), regularized_rewards, log_ratios)
+    trained = sum(torch.is_grad_enabled() and x.requires_grad for x in (hidden_states, lm_head_weight))
+    units = torch.tensor(2 + trained if value.requires_grad else 1)
+    return CoPGOutput(value, logps.detach(), regularized_rewards, log_ratios, units)
 
 
 class CoPGLoss(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor
 from copg_kernels import checks
 from copg_kernels.kernels.contrast import Completions, segment_sum
 from copg_kernels.kernels.head import Head
-from copg_kernels.schedules import forward, recompute
+from copg_kernels.schedules import closed_groups, forward, recompute
 from copg_kernels.schedules.tile_ops import accumulation_dtype
 
 
@@ -122,14 +122,19 @@ def linear_copg_op(
     cu_groups: Tensor,
     beta: float,
     average_logps: bool,
+    needs: list[bool],
     logit_scale: float,
     softcap: float | None,
     temperature: float,
     ignore_index: int,
     workspace_bytes: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> loss (), logps, regularized_rewards, log_ratios, coefficients (N,), per_token_logps (T,), lse (2, T)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> Contrast, Gradients (empty where they are left to the backward pass), GEMM units.
+
+    The torch backend computes the gradients that are needed here, where whole groups have their logits at hand; in the
+    accumulation dtype, because float16 has no room for them before the upstream gradient scales them.
+    """
     checks.require_labels(labels, lm_head_weight.shape[0], ignore_index)
     checks.require_boundaries("cu_seqlens", cu_seqlens, labels.numel(), least_size=0)
     checks.require_boundaries("cu_groups", cu_groups, rewards.numel(), least_size=2)
@@ -137,40 +142,78 @@ def linear_copg_op(
     checks.require_finite("rewards", rewards)
     if average_logps:
         checks.require_nonempty(segment_sum(labels != ignore_index, cu_seqlens))
+    completions = Completions(
+        cu_seqlens, cu_groups, ref_logps, rewards, beta, average_logps, num_groups=cu_groups.numel() - 1
+    )
     with torch.cuda.device_of(hidden_states):
-        return forward.copg(
+        contrast, gradients, units = closed_groups.copg(
             _row_major(hidden_states),
             Head(_row_major(lm_head_weight), bias, logit_scale, softcap, temperature),
             labels,
-            Completions(cu_seqlens, cu_groups, ref_logps, rewards, beta, average_logps),
+            completions,
+            recompute.Needs(*needs),
             ignore_index=ignore_index,
             workspace_bytes=workspace_bytes,
             backend=backend,
         )
+    return *contrast, *gradients, torch.tensor(units)
 
 
 @linear_copg_op.register_fake
-def _(hidden_states, lm_head_weight, labels, bias, ref_logps, rewards, *options):
-    dtype = accumulation_dtype(hidden_states.dtype)
+def _(
+    hidden_states,
+    lm_head_weight,
+    labels,
+    bias,
+    ref_logps,
+    rewards,
+    cu_seqlens,
+    cu_groups,
+    beta,
+    average_logps,
+    needs,
+    *options,
+):
+    dtype, backend = accumulation_dtype(hidden_states.dtype), options[-1]
     per_completion = (torch.empty_like(rewards, dtype=dtype) for _ in range(4))
-    return rewards.new_empty((), dtype=dtype), *per_completion, *_token_outputs(hidden_states)
+    gradients = (
+        torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+        if need and backend == "torch"
+        else hidden_states.new_empty(0, dtype=dtype)
+        for x, need in zip((hidden_states, lm_head_weight, bias), needs, strict=True)
+    )
+    units = torch.empty((), dtype=torch.int64, device="cpu")
+    return rewards.new_empty((), dtype=dtype), *per_completion, *_token_outputs(hidden_states), *gradients, units
 
 
 def _linear_copg_setup(ctx, inputs, output):
-    hidden_states, lm_head_weight, labels, bias, _, _, cu_seqlens, _, _, _, *ctx.options = inputs
+    hidden_states, lm_head_weight, labels, bias, _, _, cu_seqlens, _, _, _, ctx.needs, *ctx.options = inputs
     _, *others = output
-    _, _, _, coefficients, per_token_logps, lse = others
+    _, _, _, coefficients, per_token_logps, lse, *gradients, _ = others
     ctx.mark_non_differentiable(*others)
-    ctx.save_for_backward(hidden_states, lm_head_weight, labels, bias, per_token_logps, lse, coefficients, cu_seqlens)
+    ctx.in_forward, ctx.dtype = ctx.options[-1] == "torch", hidden_states.dtype
+    if ctx.in_forward:
+        ctx.save_for_backward(*gradients)
+    else:
+        ctx.save_for_backward(
+            hidden_states, lm_head_weight, labels, bias, per_token_logps, lse, coefficients, cu_seqlens
+        )
 
 
 def _linear_copg_backward(ctx, dloss, *_):
-    coefficients, cu_seqlens = ctx.saved_tensors[6:]
-    num_tokens = ctx.saved_tensors[2].numel()
-    per_token = torch.repeat_interleave(coefficients, cu_seqlens.diff(), output_size=num_tokens)
-    needs = ctx.needs_input_grad[:2] + ctx.needs_input_grad[3:4]
-    dhidden, dweight, dbias = _token_gradients(ctx, dloss * per_token, needs)
-    return dhidden, dweight, None, dbias, *(None for _ in range(6)), *(None for _ in ctx.options)
+    if ctx.in_forward:
+        gradients = [
+            (gradient * dloss).to(ctx.dtype) if need else None
+            for gradient, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+        ]
+    else:
+        coefficients, cu_seqlens = ctx.saved_tensors[6:]
+        num_tokens = ctx.saved_tensors[2].numel()
+        per_token = torch.repeat_interleave(coefficients, cu_seqlens.diff(), output_size=num_tokens)
+        needs = ctx.needs_input_grad[:2] + ctx.needs_input_grad[3:4]
+        gradients = _token_gradients(ctx, dloss * per_token, needs)
+    dhidden, dweight, dbias = gradients
+    return dhidden, dweight, None, dbias, *(None for _ in range(7)), *(None for _ in ctx.options)
 
 
 linear_copg_op.register_autograd(_linear_copg_backward, setup_context=_linear_copg_setup)

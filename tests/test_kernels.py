@@ -64,7 +64,7 @@ def test_contrast_agrees(average):
     hidden_states, head, labels = operands()
     cu_seqlens = torch.tensor([0, 5, 9, 20, 22, 37], dtype=torch.int32, device=DEVICE)
     cu_groups = torch.tensor([0, 2, 5], dtype=torch.int32, device=DEVICE)
-    completions = Completions(cu_seqlens, cu_groups, *torch.randn(2, 5, device=DEVICE), 0.3, average)
+    completions = Completions(cu_seqlens, cu_groups, *torch.randn(2, 5, device=DEVICE), 0.3, average, 2)
     results = []
     for backend in ("triton", "torch"):
         _, rows, partials = forward(backend, hidden_states, head, labels)
@@ -80,7 +80,7 @@ def test_contrast_of_a_group_larger_than_its_block():
     hidden_states, labels = torch.randn(3 * N, H, device=DEVICE), torch.randint(V, (3 * N,), device=DEVICE)
     cu_seqlens = torch.arange(0, 3 * N + 1, 3, dtype=torch.int32, device=DEVICE)
     cu_groups = torch.tensor([0, N], dtype=torch.int32, device=DEVICE)
-    completions = Completions(cu_seqlens, cu_groups, *torch.randn(2, N, device=DEVICE), 0.3, False)
+    completions = Completions(cu_seqlens, cu_groups, *torch.randn(2, N, device=DEVICE), 0.3, False, 1)
     losses, coefficients = [], []
     for backend in ("triton", "torch"):
         _, rows, partials = forward(backend, hidden_states, head, labels)

@@ -8,8 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from copg_kernels import linear_copg_loss, linear_logps
+from copg_kernels.kernels.contrast import Completions
 from copg_kernels.kernels.head import Head
-from copg_kernels.schedules import forward, recompute
+from copg_kernels.schedules import closed_groups, forward, recompute
 from tests.conftest import DEVICE
 
 T, V, H = 96, 700, 40
@@ -51,6 +52,32 @@ def test_units_of_work():
     assert units((True, True)) == 4
     assert units((True, False)) == 3
     assert units((False, True)) == 3
+
+
+def closed_units(needs: recompute.Needs, workspace_bytes: int) -> float:
+    """The same for the loss with its gradients, in groups of two completions of 12 tokens."""
+    hidden_states, weight, labels = torch.randn(T, H), torch.randn(V, H), torch.randint(V, (T,))
+    cu_seqlens = torch.arange(0, T + 1, 12, dtype=torch.int32)
+    cu_groups = torch.arange(0, T // 12 + 1, 2, dtype=torch.int32)
+    completions = Completions(cu_seqlens, cu_groups, *torch.randn(2, T // 12), 0.3, False, cu_groups.numel() - 1)
+    options = dict(ignore_index=-100, workspace_bytes=workspace_bytes, backend="torch")
+    with MatmulFlops() as counter:
+        head = Head(weight, None, 1.0, None, 1.0)
+        _, _, units = closed_groups.copg(hidden_states, head, labels, completions, needs, **options)
+    assert units == counter.flops / (2 * T * V * H)
+    return units
+
+
+def test_units_of_work_of_closed_groups():
+    both, head_frozen = recompute.Needs(True, True, False), recompute.Needs(True, False, False)
+    for groups_per_chunk in (1, 3, 4):
+        workspace = groups_per_chunk * 24 * V * 4
+        assert closed_units(both, workspace) == 3
+        assert closed_units(head_frozen, workspace) == 2
+        assert closed_units(recompute.Needs(False, True, False), workspace) == 2
+        assert closed_units(recompute.Needs(False, False, False), workspace) == 1
+    assert closed_units(both, 24 * V * 4 - 1) == 4
+    assert closed_units(head_frozen, 24 * V * 4 - 1) == 3
 
 
 def test_ignored_rows_cost_nothing():
@@ -109,13 +136,14 @@ def peak_mib(implementation: str, workspace_mib: int = 0) -> float:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the high-water mark from /proc")
 def test_peak_memory_on_a_cpu():
-    """Workspace, a scaled copy of the hidden states, and O(T): never the 125 MiB of logits."""
+    """Workspace, a scaled copy of the hidden states, the kept gradients, and O(T): never the 125 MiB of logits."""
     eager = peak_mib("eager")
     assert eager > 2 * 1024 * 32000 * 4 / 2**20
-    for workspace in (8, 32):
-        # 24 MiB for MKL's packing buffers and the allocator, measured 4 to 12.
+    for workspace in (8, 32, 72):  # recomputed twice, then in closed groups of 62.5 MiB
+        # 24 MiB for MKL's packing buffers and the allocator, measured 4 to 20.
         peak = peak_mib("fused", workspace)
-        assert peak < workspace + 2 * 1024 * 128 * 4 / 2**20 + 24
+        kept = (3 * 1024 * 128 + 32000 * 128) * 4 / 2**20
+        assert peak < workspace + kept + 24
         assert peak < 0.35 * eager
 
 

@@ -34,6 +34,8 @@ class Completions(NamedTuple):
     rewards: Tensor  # (N,) float32
     beta: float
     average: bool
+    num_groups: int
+    """Groups the loss is a mean over: all of the batch's, also where these are only a chunk of them."""
 
 
 class Contrast(NamedTuple):
@@ -69,13 +71,13 @@ def _contrast_kernel(
     T,
     R,
     num_splits,
+    num_groups,
     beta,
     AVERAGE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     group = tl.program_id(0)
-    num_groups = tl.num_programs(0)
     num_rows = tl.load(num_rows_ptr)
     first = tl.load(cu_groups_ptr + group)
     last = tl.load(cu_groups_ptr + group + 1)
@@ -150,7 +152,7 @@ def contrast_fwd(partials: Partials, rows: PackedRows, completions: Completions)
         partials.max, partials.sum, partials.label_logits, rows.position, rows.num_rows,
         completions.cu_seqlens, completions.cu_groups, completions.ref_logps, completions.rewards,
         group_losses, logps, regularized_rewards, log_ratios, coefficients, per_token_logps, lse,
-        T, R, num_splits, float(completions.beta),
+        T, R, num_splits, completions.num_groups, float(completions.beta),
         AVERAGE=completions.average, BLOCK_T=BLOCK_T, BLOCK_K=BLOCK_K, **launch_options(torch.version.hip is not None),
     )  # fmt: skip
     return Contrast(group_losses.mean(), logps, regularized_rewards, log_ratios, coefficients, per_token_logps, lse)
@@ -171,11 +173,11 @@ def contrast_fwd_torch(partials: Partials, rows: PackedRows, completions: Comple
     means = segment_sum(regularized_rewards, completions.cu_groups) / sizes
     centered = regularized_rewards.double() - means[group]
     group_losses = segment_sum(centered**2, completions.cu_groups) / ((sizes - 1) * 2 * completions.beta)
-    coefficients = -centered / ((sizes - 1)[group] * sizes.numel())
+    coefficients = -centered / ((sizes - 1)[group] * completions.num_groups)
     if completions.average:
         coefficients = coefficients / counts
     return Contrast(
-        group_losses.mean().to(logps.dtype),
+        (group_losses.sum() / completions.num_groups).to(logps.dtype),
         logps,
         regularized_rewards,
         log_ratios,

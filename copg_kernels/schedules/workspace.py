@@ -8,7 +8,7 @@ from copg_kernels.schedules.tile_ops import accumulation_dtype, operand_dtype, v
 
 # Large enough that a slice of the vocabulary keeps the GEMMs at full speed, small against the logits it replaces:
 # 16,384 tokens of a 4,096-wide bf16 head get slices of 10,752 entries, 2,048 float32 tokens on a CPU slices of 8,192.
-_DEFAULT_BYTES = {"triton": 512 * 2**20, "torch": 64 * 2**20}
+_DEFAULT_BYTES = {"triton": 512 * 2**20, "torch": 128 * 2**20}
 
 
 def default_workspace_bytes(backend: str) -> int:
