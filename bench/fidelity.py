@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from bench.accuracy import exact
+from bench.checks import Checked, check, load_providers
 from bench.inputs import Shape, make_inputs
-from bench.measure import Checked, check, load_providers
+from bench.memory import unweighed
 from bench.providers import TRAINABLE
 
 # Four completions of 1024 tokens; the size of the vocabulary and of H hardly moves the errors.
@@ -27,7 +28,7 @@ def measure_fidelity(providers: tuple[str, ...], device: torch.device, shape: Sh
     loaded, rows = load_providers(providers, device)
     for name, provider in loaded.items():
         if provider.log_probs is not None:
-            rows += check(name, provider, inputs, (TRAINABLE,), truth)
+            rows += check(name, provider, inputs, (TRAINABLE,), truth, unweighed)
     rows.sort(key=lambda row: providers.index(row.provider))
     return {"shape": shape._asdict(), "regime": REGIME, "dtype": "bfloat16", "rows": [_row(row) for row in rows]}
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import accuracy, loaders, measure, memory, provenance, providers, report, suites, tables, timing
+from bench import accuracy, checks, loaders, measure, memory, provenance, providers, report, suites, tables, timing
 from bench import inputs as inputs_module
-from bench.inputs import MODEL_SHAPES, REGIMES, Shape, density, make_inputs
+from bench.inputs import MODEL_SHAPES, REGIMES, BenchInputs, Shape, density, make_inputs
 from copg_kernels.reference import linear_copg_loss_ref, linear_logps_ref
 
 TINY = Shape("tiny", 331, 32, 48, 6, group_size=4)
@@ -22,10 +22,18 @@ def tiny_inputs(regime="rl", dtype=torch.float32, seed=0):
 
 
 def tiny_table(monkeypatch, loaders, rounds=2, passes=("log-probs", "loss+gradients")):
-    monkeypatch.setattr(measure, "LOADERS", loaders)
-    monkeypatch.setattr(measure, "host_peaks_in_child", lambda file, name, passes: {})
+    monkeypatch.setattr(checks, "LOADERS", loaders)
+    monkeypatch.setattr(measure, "check_in_child", check_in_process)
     settings = measure.Settings(CPU, torch.float32, timing.Rounds(rounds), tuple(loaders), passes)
     return {"about": "heads"} | measure.measure_table(TINY, "rl", settings, lambda doing, steps: None)
+
+
+def check_in_process(file, name, passes):
+    """In place of a child process, which would not know a planted provider. No peak."""
+    operands, truth = torch.load(file)
+    inputs = BenchInputs(*(t.requires_grad_() if i < 2 else t for i, t in enumerate(operands)))
+    provider = checks.LOADERS[name](CPU)
+    return checks.check(name, provider, inputs, passes, accuracy.Truth(*truth), memory.unweighed)
 
 
 # Inputs
@@ -93,10 +101,11 @@ def test_shapes_are_whole_groups():
 def checked(name, inputs):
     """Rows of a provider that is there, all four passes; skips where it is not."""
     passes = tuple(name for name in providers.PASSES if name != providers.MEAN_CE)
-    found, missing = measure.load_providers((name,), CPU)
+    found, missing = checks.load_providers((name,), CPU)
     if missing:
         pytest.skip(missing[0].status)
-    return measure.check(name, found[name], inputs, passes, accuracy.exact(inputs, passes))
+    truth = accuracy.exact(inputs, passes)
+    return checks.check(name, found[name], inputs, passes, truth, memory.unweighed)
 
 
 # Checks before timing
@@ -202,19 +211,26 @@ def test_host_peak_counts_what_is_freed_and_not_what_is_returned():
         scratch = torch.ones(40 * MIB // 4)
         return (torch.ones(20 * MIB // 4) + scratch[0],)
 
-    peak = memory.host_peak(run)
+    _, peak = memory.host_peak(run)
     assert 39 * MIB < peak < 70 * MIB
-    assert memory.host_peak(lambda: (torch.ones(30 * MIB // 4),)) < 2 * MIB
+    assert memory.host_peak(lambda: (torch.ones(30 * MIB // 4),))[1] < 2 * MIB
 
 
 @pytest.mark.skipif(not memory.RESET_MARK.exists(), reason="no high-water mark to reset")
 def test_eager_is_seen_to_hold_the_logits(tmp_path):
     shape = Shape("", 8192, 16, 1024, 16)
-    torch.save(tuple(make_inputs(shape, "flat", torch.float32, "cpu")), tmp_path / "inputs.pt")
-    peaks = memory.host_peaks_in_child(tmp_path / "inputs.pt", loaders.EAGER, ["log-probs", "loss+gradients"])
+    inputs, passes = make_inputs(shape, "flat", torch.float32, "cpu"), ("log-probs", "loss+gradients")
+    torch.save((tuple(inputs), tuple(accuracy.exact(inputs, passes))), tmp_path / "inputs.pt")
+    rows = checks.check_in_child(tmp_path / "inputs.pt", loaders.EAGER, passes)
     logits = 4 * shape.num_tokens * shape.vocab_size
-    assert list(peaks) == ["log-probs", "loss+gradients"]
-    assert 1.5 * logits < peaks["loss+gradients"] < 4 * logits
+    assert [(row.pass_name, row.status) for row in rows] == [(name, "ok") for name in passes]
+    assert rows[1].errors.dweight > 0
+    assert 1.5 * logits < rows[1].peak_bytes < 4 * logits
+
+
+def test_child_that_dies_leaves_a_row(tmp_path):
+    (row,) = checks.check_in_child(tmp_path / "nothing.pt", loaders.EAGER, ("log-probs",))
+    assert row.status.startswith("failed, exit status 1: FileNotFoundError")
 
 
 # Results
@@ -239,7 +255,7 @@ def test_run_writes_json_with_provenance_and_plot(monkeypatch, tmp_path, capsys)
     from bench import run
 
     monkeypatch.setitem(run.SHAPES, "tiny", TINY)
-    monkeypatch.setattr(measure, "host_peaks_in_child", lambda file, name, passes: {"log-probs": MIB})
+    monkeypatch.setattr(measure, "check_in_child", check_in_process)
     path = tmp_path / "new" / "results.json"
     chosen = ["--device", "cpu", "--shapes", "tiny", "--providers", loaders.EAGER, loaders.OURS]
     run.main([*chosen, "--regimes", "rl", "flat", "--repeats", "3", "--json", str(path)])
@@ -266,7 +282,7 @@ def test_suite_skips_tables_when_late_and_says_so(monkeypatch, tmp_path, capsys)
 
     twice = [suites.Job("heads", TINY), suites.Job("regimes", TINY, "flat")]
     monkeypatch.setitem(run.SUITES, "full", lambda device: twice)
-    monkeypatch.setattr(measure, "host_peaks_in_child", lambda file, name, passes: {})
+    monkeypatch.setattr(measure, "check_in_child", check_in_process)
     monkeypatch.setattr(run, "measure_fidelity", lambda names, device: {})
     chosen = ["--device", "cpu", "--suite", "full", "--providers", loaders.EAGER, "--repeats", "1"]
     results = run.main([*chosen, "--minutes", "1e-6", "--json", str(tmp_path / "results.json")])

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from bench import (
+    checks,
     fidelity,
     gpu_evidence,
     loaders,
-    measure,
     peers,
     provenance,
     providers,
@@ -43,14 +43,14 @@ def test_installed_peer_agrees_with_the_specification(name, ignored):
 @pytest.mark.parametrize("name", [*CPU_PEERS, *GPU_PEERS, "flash-attn on logits", "quack (ceiling)"])
 def test_peer_that_is_not_installed_says_so_in_one_row(monkeypatch, name):
     monkeypatch.setattr(peers, "find_spec", lambda module: None)
-    found, rows = measure.load_providers((name,), CPU)
+    found, rows = checks.load_providers((name,), CPU)
     assert not found and [(row.pass_name, row.status) for row in rows] == [("all", "not installed")]
 
 
 @pytest.mark.parametrize("name", [*GPU_PEERS, "flash-attn on logits", "quack (ceiling)"])
 def test_peer_for_gpus_says_so_on_a_cpu(monkeypatch, tmp_path, name):
     monkeypatch.setattr(peers, "_installed", lambda module, otherwise="": tmp_path)
-    _, rows = measure.load_providers((name,), CPU)
+    _, rows = checks.load_providers((name,), CPU)
     assert [row.status for row in rows] == ["needs a GPU"]
 
 
@@ -58,8 +58,8 @@ def test_peer_that_fails_to_import_keeps_its_row(monkeypatch):
     def broken(device):
         raise AttributeError("module 'triton' has no attribute 'gone'")
 
-    monkeypatch.setattr(measure, "LOADERS", {"broken": broken})
-    _, rows = measure.load_providers(("broken",), CPU)
+    monkeypatch.setattr(checks, "LOADERS", {"broken": broken})
+    _, rows = checks.load_providers(("broken",), CPU)
     assert rows[0].status == "failed to load: AttributeError: module 'triton' has no attribute 'gone'"
 
 
