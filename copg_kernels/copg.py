@@ -150,9 +150,14 @@ def linear_copg_loss(
         loss = copg_loss(sequence_logps(linear_logps(hidden_states, lm_head_weight, labels)), ref_logps, rewards)
 
     One kernel turns the rows' statistics into token log-probabilities, completions, regularised rewards, the loss and
-    every token's coefficient. The gradient reaches hidden_states, lm_head_weight and bias; see `linear_logps` for its
-    cost and memory, `copg_loss` for the equation. ref_logps that were computed by `linear_logps` and `sequence_logps`
-    with the same options cancel exactly where the policy is still the reference.
+    every token's coefficient. The gradient reaches hidden_states, lm_head_weight and bias; see `copg_loss` for the
+    equation. ref_logps that were computed by `linear_logps` and `sequence_logps` with the same options cancel exactly
+    where the policy is still the reference.
+
+    On a GPU the backward pass is that of `linear_logps`: four head GEMMs in all. The torch backend computes the
+    gradients along with the loss, from the logits of as many whole groups as fit workspace_bytes: three GEMMs, two with
+    a frozen head; it keeps them, in float32 for 16-bit operands, until the backward pass. A group whose logits exceed
+    workspace_bytes makes it recompute the whole batch's logits; gemm_units tells which happened.
 
     Args:
         hidden_states: (B, L, H) padded, or (T, H) packed with cu_seqlens.

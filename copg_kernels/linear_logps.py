@@ -50,7 +50,7 @@ def linear_logps(
         ignore_index: label of rows that do not count.
         sparse_eps: None; a compacted backward pass does not exist yet.
         workspace_bytes: budget for the backward pass's tile (and the twin's forward tile); by default 512 MiB on a
-            GPU and 64 MiB elsewhere. Above it, the backward pass needs the gradients themselves, a scaled copy of
+            GPU and 128 MiB elsewhere. Above it, the backward pass needs the gradients themselves, a scaled copy of
             hidden_states and, for 16-bit operands, their gradient in float32.
         backend: "triton", "torch", or "auto": triton for CUDA tensors, torch elsewhere. A request is never replaced.
 
