@@ -202,6 +202,8 @@ def test_rounds_alternate_and_stop_on_time():
     assert order == list("abcbcacab")
     assert all(timings[name].rounds == 3 for name in cases)
     cut_off = timing.time_alternating(cases, timing.Rounds(50, seconds=0.0), CPU, lambda: None)
+    assert cut_off["a"].rounds == 2  # it had its share
+    cut_off = timing.time_alternating(cases, timing.Rounds(50, seconds=1e-9, share=1e12), CPU, lambda: None)
     assert cut_off["a"].rounds == timing.LEAST_ROUNDS
 
 
