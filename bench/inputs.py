@@ -58,6 +58,7 @@ MODEL_SHAPES = (
 CPU_SHAPES = (
     Shape("cpu-32k", 32000, 512, 2048, 256),
     Shape("cpu-gpt2", 50257, 256, 512, 128),
+    Shape("cpu-16k", 16000, 512, 1024, 128),
 )
 SHAPES = {shape.name: shape for shape in (*MODEL_SHAPES, *CPU_SHAPES)}
 

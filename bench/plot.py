@@ -77,7 +77,7 @@ def _memory_bars(axis: Any, table: dict[str, Any]) -> None:
     mebibytes = [row["peak_bytes"] / 2**20 for row in rows]
     bars = axis.barh([row["provider"] for row in rows], mebibytes, color=_colors(rows))
     axis.bar_label(bars, fmt="%.0f", padding=3)
-    axis.set_xlabel("loss+gradients: peak MiB above inputs and gradients", fontsize=9)
+    axis.set_xlabel("loss+gradients: peak MiB", fontsize=9)
     _finish(axis)
 
 

@@ -35,14 +35,17 @@ def quick(device: torch.device) -> list[Job]:
 
 def full(device: torch.device) -> list[Job]:
     main, *others = _heads(device)
+    varied = (
+        main if device.type == "cuda" else CPU_SHAPES[-1]
+    )  # a small one, for a CPU takes seconds where a GPU does not
     return [
         Job(HEADS, main, passes=(*MAIN_PASSES, UPSTREAM)),
         *(Job(HEADS, shape) for shape in others),
-        *(Job("regimes", main, regime, (TRAINABLE, FROZEN), FEW) for regime in ("base", "tuned", "flat")),
-        Job("ignored tokens", main._replace(ignored=0.5), providers=FEW),
-        _long_group(main),
-        *_growing(main),
-        *(Job("group size", main._replace(group_size=k), passes=(TRAINABLE,), providers=FEW) for k in (4, 8)),
+        *(Job("regimes", varied, regime, (TRAINABLE, FROZEN), FEW) for regime in ("base", "tuned", "flat")),
+        Job("ignored tokens", varied._replace(ignored=0.5), providers=FEW),
+        _long_group(varied),
+        *_growing(varied),
+        *(Job("group size", varied._replace(group_size=k), passes=(TRAINABLE,), providers=FEW) for k in (4, 8)),
     ]
 
 
@@ -51,8 +54,8 @@ def _heads(device: torch.device) -> tuple[Shape, ...]:
 
 
 def _long_group(shape: Shape) -> Job:
-    """All tokens in one group: its logits are beyond any workspace we would choose by default."""
-    longest = shape._replace(completion_length=shape.num_tokens // 2)
+    """All tokens in one group, and its logits beyond any workspace we would choose by default."""
+    longest = shape._replace(num_tokens=4 * shape.num_tokens, completion_length=2 * shape.num_tokens)
     return Job("long group", longest, passes=(TRAINABLE, FROZEN), providers=FEW)
 
 

@@ -53,4 +53,4 @@ def _fidelity(fidelity: dict[str, Any]) -> Summary:
     for row in fidelity["rows"]:
         errors = (number(row[f"{name}_error"], ".1e") for name in ("logps", "dhidden", "dweight"))
         rows.append((row["provider"], row["status"], *errors))
-    return Summary(title, header, rows, [row["status"] == "ok" for row in fidelity["rows"]])
+    return Summary(title, header, rows, [row["status"] == "measured" for row in fidelity["rows"]])
