@@ -6,10 +6,10 @@ from copg_kernels.copg import (
     CoPGOutput,
     copg_loss,
     linear_copg_loss,
-    linear_sequence_loss,
     sequence_logps,
 )
 from copg_kernels.linear_logps import linear_logps
+from copg_kernels.sequence_loss import linear_sequence_loss
 
 __version__ = "0.1.0"
 __all__ = [

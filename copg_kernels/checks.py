@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from copg_kernels.kernels.contrast import Completions, segment_sum
 from copg_kernels.kernels.language import INTERPRETING, triton
 from copg_kernels.schedules.workspace import default_workspace_bytes, least_workspace_bytes
 
@@ -183,6 +184,17 @@ def require_boundaries(name: str, boundaries: Tensor, last: int, least_size: int
     require(boundaries[-1] == last, f"{name} must end at {last}{came}")
     smallest = "not decrease" if least_size == 0 else f"leave at least {least_size} completions in every group"
     require((boundaries.diff() >= least_size).all(), f"{name} must {smallest}{came}")
+
+
+def require_batch(labels: Tensor, vocab_size: int, ignore_index: int, completions: Completions) -> None:
+    """Every value a fused loss depends on."""
+    require_labels(labels, vocab_size, ignore_index)
+    require_boundaries("cu_seqlens", completions.cu_seqlens, labels.numel(), least_size=0)
+    require_boundaries("cu_groups", completions.cu_groups, completions.rewards.numel(), least_size=2)
+    require_finite("ref_logps", completions.ref_logps)
+    require_finite("rewards", completions.rewards)
+    if completions.average:
+        require_nonempty(segment_sum(labels != ignore_index, completions.cu_seqlens))
 
 
 def require_nonempty(counts: Tensor) -> None:

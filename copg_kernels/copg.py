@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 
 from copg_kernels import checks
 from copg_kernels.kernels.contrast import segment_sum
-from copg_kernels.linear_logps import linear_logps
 from copg_kernels.ops import linear_copg_op
 
 
@@ -212,58 +210,6 @@ def linear_copg_loss(
         backend,
     )
     return CoPGOutput(loss, logps, regularized_rewards, log_ratios, gemm_units)
-
-
-def linear_sequence_loss(
-    hidden_states: Tensor,
-    lm_head_weight: Tensor,
-    labels: Tensor,
-    ref_logps: Tensor,
-    rewards: Tensor,
-    *,
-    loss: Callable[..., Tensor],
-    beta: float,
-    group_size: int = 2,
-    cu_groups: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    average_logps: bool = False,
-    ignore_index: int = -100,
-    **logits_options: Any,
-) -> CoPGOutput:
-    """Any sequence-level loss straight from hidden states and the language-model head, without the logits.
-
-        loss(sequence_logps(linear_logps(hidden_states, lm_head_weight, labels)), ref_logps, rewards, beta=...)
-
-    Args:
-        loss: one of `copg_kernels.losses`, or the caller's own with the signature
-            (logps, ref_logps, rewards, *, beta, group_size) -> scalar. It is also given cu_groups where that is set;
-            further arguments are bound with functools.partial.
-        logits_options: bias, logit_scale, softcap, temperature, sparse_eps, workspace_bytes, backend of `linear_logps`.
-        The others: as in `linear_copg_loss`.
-
-    Returns:
-        CoPGOutput(loss, logps, regularized_rewards, log_ratios); all but loss detached.
-
-    Raises:
-        TypeError, ValueError: as `linear_copg_loss`, and what `loss` raises.
-    """
-    checks.check_head(hidden_states, lm_head_weight, labels, logits_options.get("bias"))
-    boundaries = checks.completion_boundaries(hidden_states, labels, cu_seqlens)
-    num_sequences = boundaries.numel() - 1
-    checks.check_completions(ref_logps, rewards, num_sequences, hidden_states.device)
-    checks.check_beta(beta)
-    checks.group_boundaries(num_sequences, group_size, cu_groups, hidden_states.device)
-    per_token_logps = linear_logps(hidden_states, lm_head_weight, labels, ignore_index=ignore_index, **logits_options)
-    logps = sequence_logps(
-        per_token_logps, labels, cu_seqlens=cu_seqlens, average=average_logps, ignore_index=ignore_index
-    )
-    groups = {"group_size": group_size} if cu_groups is None else {"cu_groups": cu_groups}
-    value = loss(logps, ref_logps.detach(), rewards.detach(), beta=beta, **groups)
-    log_ratios = logps.detach() - ref_logps.detach().to(logps.dtype)
-    regularized_rewards = rewards.detach().to(logps.dtype) - beta * log_ratios
-    trained = sum(torch.is_grad_enabled() and x.requires_grad for x in (hidden_states, lm_head_weight))
-    units = torch.tensor(2 + trained if value.requires_grad else 1)
-    return CoPGOutput(value, logps.detach(), regularized_rewards, log_ratios, units)
 
 
 class CoPGLoss(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from copg_kernels import checks
-from copg_kernels.kernels.contrast import Completions, segment_sum
+from copg_kernels.kernels.contrast import Completions
 from copg_kernels.kernels.head import Head
 from copg_kernels.schedules import closed_groups, forward, recompute
 from copg_kernels.schedules.tile_ops import accumulation_dtype
@@ -135,24 +135,15 @@ def linear_copg_op(
     The torch backend computes the gradients that are needed here, where whole groups have their logits at hand; in the
     accumulation dtype, because float16 has no room for them before the upstream gradient scales them.
     """
-    checks.require_labels(labels, lm_head_weight.shape[0], ignore_index)
-    checks.require_boundaries("cu_seqlens", cu_seqlens, labels.numel(), least_size=0)
-    checks.require_boundaries("cu_groups", cu_groups, rewards.numel(), least_size=2)
-    checks.require_finite("ref_logps", ref_logps)
-    checks.require_finite("rewards", rewards)
-    if average_logps:
-        checks.require_nonempty(segment_sum(labels != ignore_index, cu_seqlens))
     completions = Completions(
         cu_seqlens, cu_groups, ref_logps, rewards, beta, average_logps, num_groups=cu_groups.numel() - 1
     )
+    checks.require_batch(labels, lm_head_weight.shape[0], ignore_index, completions)
     with torch.cuda.device_of(hidden_states):
+        head = Head(_row_major(lm_head_weight), bias, logit_scale, softcap, temperature)
         contrast, gradients, units = closed_groups.copg(
-            _row_major(hidden_states),
-            Head(_row_major(lm_head_weight), bias, logit_scale, softcap, temperature),
-            labels,
-            completions,
+            closed_groups.Batch(_row_major(hidden_states), head, labels, completions, ignore_index),
             recompute.Needs(*needs),
-            ignore_index=ignore_index,
             workspace_bytes=workspace_bytes,
             backend=backend,
         )

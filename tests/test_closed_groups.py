@@ -1,11 +1,13 @@
 """Gradients from the tiles that are still there: the same as recomputed ones, whatever the chunks and slices."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from copg_kernels import copg_loss, linear_copg_loss, linear_sequence_loss
+from copg_kernels import copg_loss, linear_copg_loss, linear_sequence_loss, losses
 from copg_kernels.kernels import linear_logps_fwd
-from copg_kernels.reference import linear_copg_loss_ref
+from copg_kernels.reference import linear_copg_loss_ref, linear_logps_ref, sequence_logps_ref
 from copg_kernels.schedules import closed_groups
 from copg_kernels.schedules.closed_groups import plan_chunks
 from tests.conftest import DEVICE
@@ -174,6 +176,62 @@ def test_units_that_the_output_names(backend):
     batch = make_batch()
     expected = 3 if backend == "torch" else 4
     assert linear_copg_loss(**batch, beta=0.3, backend=backend).gemm_units == expected
-    assert linear_sequence_loss(**batch, loss=copg_loss, beta=0.3, backend=backend).gemm_units == 4
+    assert linear_sequence_loss(**batch, loss=copg_loss, beta=0.3, backend=backend).gemm_units == expected
     with torch.no_grad():
         assert linear_sequence_loss(**batch, loss=copg_loss, beta=0.3, backend=backend).gemm_units == 1
+
+
+def unfused(loss, batch: dict, **options):
+    """The loss on log-probabilities from full logits, in float64."""
+    wide = upcast(batch, torch.float64)
+    token_logps = linear_logps_ref(wide["hidden_states"], wide["lm_head_weight"], wide["labels"])
+    average = options.pop("average_logps", False)
+    logps = sequence_logps_ref(token_logps, wide["labels"], cu_seqlens=wide["cu_seqlens"], average=average)
+    value = loss(logps, wide["ref_logps"], wide["rewards"], **options)
+    return value.detach(), torch.autograd.grad(value, (wide["hidden_states"], wide["lm_head_weight"]))
+
+
+def fourth_powers(logps, ref_logps, rewards, *, beta, group_size):
+    return ((logps - ref_logps - rewards / beta) ** 4).mean()
+
+
+def not_separable(logps, ref_logps, rewards, *, beta, group_size):
+    return (logps - ref_logps - rewards / beta).square().mean().sqrt()
+
+
+@pytest.mark.parametrize("average_logps", [False, True], ids=["sum", "average"])
+@pytest.mark.parametrize(
+    "loss, units",
+    [(losses.dpo_loss, 3), (losses.rloo_loss, 3), (fourth_powers, 3), (not_separable, 6), ("ppo", 3)],
+    ids=["dpo", "rloo", "own", "not separable", "ppo"],
+)
+def test_any_loss_in_chunks(loss, units, average_logps):
+    """Per-completion arguments of a loss are never cut: ppo's old_logps are those of the whole batch."""
+    batch = make_batch(lengths=LENGTHS)
+    if average_logps:
+        batch["ref_logps"] /= torch.tensor(LENGTHS, device=DEVICE)
+    if loss == "ppo":
+        loss = partial(losses.ppo_loss, old_logps=batch["ref_logps"].clone(), clip=0.5)
+    options = dict(beta=0.3, group_size=3, average_logps=average_logps)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(closed_groups, "plan_chunks", lambda s, g, b, w: plan_chunks(s, g, 1, 45))
+        output = linear_sequence_loss(**batch, loss=loss, backend="torch", **options)
+    gradients = torch.autograd.grad(output.loss, (batch["hidden_states"], batch["lm_head_weight"]))
+    if isinstance(loss, partial):
+        loss = partial(losses.ppo_loss, old_logps=batch["ref_logps"].double(), clip=0.5)
+    gold, gold_gradients = unfused(loss, batch, **options)
+    assert output.gemm_units == units
+    torch.testing.assert_close(output.loss.double(), gold, rtol=1e-4, atol=1e-5)
+    assert all(relative_error(*pair) < 1e-4 for pair in zip(gradients, gold_gradients, strict=True))
+
+
+def test_any_loss_keeps_the_shape_of_padded_batches():
+    batch = make_batch(lengths=[6, 6, 6, 6])
+    packed = torch.autograd.grad(
+        linear_sequence_loss(**batch, loss=losses.dpo_loss, beta=0.3).loss, batch["hidden_states"]
+    )
+    padded = dict(batch, cu_seqlens=None, labels=batch["labels"].view(4, 6))
+    padded["hidden_states"] = batch["hidden_states"].detach().view(4, 6, -1).requires_grad_()
+    loss = linear_sequence_loss(**padded, loss=losses.dpo_loss, beta=0.3).loss
+    (gradient,) = torch.autograd.grad(loss, padded["hidden_states"])
+    assert torch.equal(gradient.flatten(0, 1), packed[0])

@@ -60,10 +60,9 @@ def closed_units(needs: recompute.Needs, workspace_bytes: int) -> float:
     cu_seqlens = torch.arange(0, T + 1, 12, dtype=torch.int32)
     cu_groups = torch.arange(0, T // 12 + 1, 2, dtype=torch.int32)
     completions = Completions(cu_seqlens, cu_groups, *torch.randn(2, T // 12), 0.3, False, cu_groups.numel() - 1)
-    options = dict(ignore_index=-100, workspace_bytes=workspace_bytes, backend="torch")
+    batch = closed_groups.Batch(hidden_states, Head(weight, None, 1.0, None, 1.0), labels, completions, -100)
     with MatmulFlops() as counter:
-        head = Head(weight, None, 1.0, None, 1.0)
-        _, _, units = closed_groups.copg(hidden_states, head, labels, completions, needs, **options)
+        _, _, units = closed_groups.copg(batch, needs, workspace_bytes=workspace_bytes, backend="torch")
     assert units == counter.flops / (2 * T * V * H)
     return units
 

@@ -158,13 +158,21 @@ def contrast_fwd(partials: Partials, rows: PackedRows, completions: Completions)
     return Contrast(group_losses.mean(), logps, regularized_rewards, log_ratios, coefficients, per_token_logps, lse)
 
 
+def completion_logps_torch(
+    partials: Partials, rows: PackedRows, completions: Completions
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> logps (N,), counted tokens (N,) or ones where these are sums, per_token_logps (T,), lse (2, T)."""
+    per_token_logps, lse = merge_splits_fwd_torch(partials, rows)
+    sums = segment_sum(per_token_logps, completions.cu_seqlens)
+    counts = torch.ones_like(sums)
+    if completions.average:
+        counts = segment_sum(rows.position < rows.num_rows, completions.cu_seqlens)
+    return (sums / counts).to(per_token_logps.dtype), counts, per_token_logps, lse
+
+
 def contrast_fwd_torch(partials: Partials, rows: PackedRows, completions: Completions) -> Contrast:
     """Twin of `contrast_fwd`."""
-    per_token_logps, lse = merge_splits_fwd_torch(partials, rows)
-    counted = (rows.position < rows.num_rows).double()
-    sums = segment_sum(per_token_logps, completions.cu_seqlens)
-    counts = segment_sum(counted, completions.cu_seqlens)
-    logps = (sums / counts if completions.average else sums).to(per_token_logps.dtype)
+    logps, counts, per_token_logps, lse = completion_logps_torch(partials, rows, completions)
     log_ratios = logps - completions.ref_logps
     regularized_rewards = completions.rewards - completions.beta * log_ratios
 
@@ -173,9 +181,7 @@ def contrast_fwd_torch(partials: Partials, rows: PackedRows, completions: Comple
     means = segment_sum(regularized_rewards, completions.cu_groups) / sizes
     centered = regularized_rewards.double() - means[group]
     group_losses = segment_sum(centered**2, completions.cu_groups) / ((sizes - 1) * 2 * completions.beta)
-    coefficients = -centered / ((sizes - 1)[group] * completions.num_groups)
-    if completions.average:
-        coefficients = coefficients / counts
+    coefficients = -centered / ((sizes - 1)[group] * completions.num_groups * counts)
     return Contrast(
         (group_losses.sum() / completions.num_groups).to(logps.dtype),
         logps,

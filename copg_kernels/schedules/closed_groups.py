@@ -14,7 +14,7 @@ GPU the recompute schedule serves until kernels that keep their tile have been t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -29,6 +29,16 @@ from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.schedules import forward, recompute
 from copg_kernels.schedules.recompute import Gradients, Needs
 from copg_kernels.schedules.tile_ops import accumulation_dtype, counted_rows
+
+
+class Batch(NamedTuple):
+    """What a loss is computed from; also of a chunk."""
+
+    hidden_states: Tensor  # (T, H)
+    head: Head
+    labels: Tensor  # (T,)
+    completions: Completions
+    ignore_index: int
 
 
 class Chunk(NamedTuple):
@@ -57,131 +67,122 @@ def plan_chunks(
     ]
 
 
-def copg(
-    hidden_states: Tensor,
-    head: Head,
-    labels: Tensor,
-    completions: Completions,
-    needs: Needs,
-    *,
-    ignore_index: int,
-    workspace_bytes: int,
-    backend: str,
-) -> tuple[Contrast, Gradients, int]:
+def copg(batch: Batch, needs: Needs, *, workspace_bytes: int, backend: str) -> tuple[Contrast, Gradients, int]:
     """Contrast, gradients, and the units of GEMM work that they take in all.
 
     Gradients stay empty where none is needed and on a GPU, whose backward pass recomputes. Where a group's logits
     exceed the workspace they are recomputed at once.
     """
-    options: dict[str, Any] = dict(ignore_index=ignore_index, workspace_bytes=workspace_bytes, backend=backend)
-    accumulation = accumulation_dtype(hidden_states.dtype)
     num_gradients = needs.hidden_states + needs.weight
-    if backend == "torch" and any(needs):
-        chunks = plan_chunks(
-            completions.cu_seqlens.tolist(),
-            completions.cu_groups.tolist(),
-            head.weight.shape[0] * accumulation.itemsize,
-            workspace_bytes,
-        )
-        if chunks is not None:
-            results = _in_chunks(hidden_states, head, labels, completions, chunks, needs, ignore_index)
-            return *results, 1 + num_gradients
+    in_forward = backend == "torch" and any(needs)
+    chunks = chunks_of(batch, workspace_bytes) if in_forward else None
+    if chunks is not None:
+        return *in_chunks(batch, chunks, needs, contrast_fwd_torch), 1 + num_gradients
+
+    hidden_states, head, labels, completions, ignore_index = batch
+    options: dict[str, Any] = dict(ignore_index=ignore_index, workspace_bytes=workspace_bytes, backend=backend)
     contrast = forward.copg(hidden_states, head, labels, completions, **options)
+    accumulation = accumulation_dtype(hidden_states.dtype)
     gradients = Gradients(*(hidden_states.new_empty(0, dtype=accumulation) for _ in needs))
-    if backend == "torch" and any(needs):
-        lengths = completions.cu_seqlens.diff()
-        dlogps = torch.repeat_interleave(contrast.coefficients, lengths, output_size=labels.numel())
+    if in_forward:
         recomputed = recompute.token_logps_bwd(
-            dlogps, hidden_states, head, labels, contrast.per_token_logps, contrast.lse, needs, **options
+            of_tokens(contrast.coefficients, batch),
+            hidden_states,
+            head,
+            labels,
+            contrast.per_token_logps,
+            contrast.lse,
+            needs,
+            **options,
         )
         gradients = Gradients(*(gradient.to(accumulation) for gradient in recomputed))
     return contrast, gradients, 2 + num_gradients if any(needs) else 1
 
 
-def _in_chunks(
-    hidden_states: Tensor,
-    head: Head,
-    labels: Tensor,
-    completions: Completions,
+def chunks_of(batch: Batch, workspace_bytes: int) -> list[Chunk] | None:
+    """The plan for this batch."""
+    completions, itemsize = batch.completions, accumulation_dtype(batch.hidden_states.dtype).itemsize
+    return plan_chunks(
+        completions.cu_seqlens.tolist(),
+        completions.cu_groups.tolist(),
+        batch.head.weight.shape[0] * itemsize,
+        workspace_bytes,
+    )
+
+
+def in_chunks(
+    batch: Batch,
     chunks: list[Chunk],
     needs: Needs,
-    ignore_index: int,
+    contrast: Callable[[Partials, PackedRows, Completions], Contrast],
 ) -> tuple[Contrast, Gradients]:
-    """(T, H), (T,), completions in chunks of whole groups -> outputs of the contrast, gradients of its loss."""
+    """Outputs of the contrast and gradients of its loss, in the accumulation dtype, a chunk at a time."""
+    hidden_states, weight = batch.hidden_states, batch.head.weight
     accumulation = accumulation_dtype(hidden_states.dtype)
     gradients = Gradients(
         hidden_states.new_empty(hidden_states.shape if needs.hidden_states else (0,), dtype=accumulation),
-        hidden_states.new_zeros(head.weight.shape if needs.weight else (0,), dtype=accumulation),
-        hidden_states.new_zeros(head.weight.shape[:1] if needs.bias else (0,), dtype=accumulation),
+        hidden_states.new_zeros(weight.shape if needs.weight else (0,), dtype=accumulation),
+        hidden_states.new_zeros(weight.shape[:1] if needs.bias else (0,), dtype=accumulation),
     )
     most_tokens = max(chunk.tokens.stop - chunk.tokens.start for chunk in chunks)
-    workspace = hidden_states.new_empty((most_tokens * head.weight.shape[0],), dtype=accumulation)
+    workspace = hidden_states.new_empty((most_tokens * weight.shape[0],), dtype=accumulation)
     contrasts = []
     for chunk in chunks:
-        contrast, dhidden = _one_chunk(
-            hidden_states[chunk.tokens],
-            head,
-            labels[chunk.tokens],
-            _completions_of(chunk, completions),
-            needs,
-            gradients,
-            workspace,
-            ignore_index,
-        )
-        contrasts.append(contrast)
+        part = _batch_of(chunk, batch)
+        packed, rows = counted_rows(part.hidden_states, part.labels, part.ignore_index, "torch")
+        tiles = list(_tiles(packed, part.head, rows, workspace))
+        contrasts.append(contrast(_partials(tiles, packed), rows, part.completions))
+        dhidden = _add_gradients(part, packed, rows, tiles, contrasts[-1], needs, gradients)
         if needs.hidden_states:
-            gradients.hidden_states[chunk.tokens] = dhidden
+            gradients.hidden_states[chunk.tokens] = 0
+            gradients.hidden_states[chunk.tokens].index_copy_(0, rows.row_index, dhidden)
     return _joined(contrasts), gradients
 
 
-def _completions_of(chunk: Chunk, completions: Completions) -> Completions:
+def _batch_of(chunk: Chunk, batch: Batch) -> Batch:
     first, last = chunk.completions.start, chunk.completions.stop
-    cu_groups = completions.cu_groups[chunk.groups.start : chunk.groups.stop + 1] - first
-    return completions._replace(
+    completions = batch.completions
+    completions = completions._replace(
         cu_seqlens=completions.cu_seqlens[first : last + 1] - chunk.tokens.start,
-        cu_groups=cu_groups,
+        cu_groups=completions.cu_groups[chunk.groups.start : chunk.groups.stop + 1] - first,
         ref_logps=completions.ref_logps[first:last],
         rewards=completions.rewards[first:last],
-        # The loss is a mean over all groups, not over the chunk's.
-        num_groups=completions.cu_groups.numel() - 1,
+    )
+    return batch._replace(
+        hidden_states=batch.hidden_states[chunk.tokens], labels=batch.labels[chunk.tokens], completions=completions
     )
 
 
-def _one_chunk(
-    hidden_states: Tensor,
-    head: Head,
-    labels: Tensor,
-    completions: Completions,
+def of_tokens(coefficients: Tensor, batch: Batch) -> Tensor:
+    """(N,) -> (T,)"""
+    lengths = batch.completions.cu_seqlens.diff()
+    return torch.repeat_interleave(coefficients, lengths, output_size=batch.labels.numel())
+
+
+def _add_gradients(
+    batch: Batch,
+    packed: Tensor,
+    rows: PackedRows,
+    tiles: list[ExpTile],
+    contrast: Contrast,
     needs: Needs,
     gradients: Gradients,
-    workspace: Tensor,
-    ignore_index: int,
-) -> tuple[Contrast, Tensor]:
-    """Contrast and dX of a chunk; adds the chunk's share to gradients.weight and gradients.bias."""
-    packed, rows = counted_rows(hidden_states, labels, ignore_index, "torch")
-    tiles = list(_tiles(packed, head, rows, workspace))
-    contrast = contrast_fwd_torch(_partials(tiles, packed), rows, completions)
-
-    lengths = completions.cu_seqlens.diff()
-    coefficient = torch.repeat_interleave(contrast.coefficients, lengths, output_size=labels.numel())
-    coefficient = coefficient.where(labels != ignore_index, 0.0) * -head.slope
-    packed_coefficient = coefficient[rows.row_index]
-    packed_logps = contrast.per_token_logps[rows.row_index]
-    packed_lse = contrast.lse.double().sum(0)[rows.row_index]
-    dhidden = packed.new_zeros(packed.shape if needs.hidden_states else (0, 0))
+) -> Tensor:
+    """dX of a chunk's counted rows; its share of dW and dbias is added to the gradients."""
+    coefficient = of_tokens(contrast.coefficients, batch)[rows.row_index] * -batch.head.slope
+    logps = contrast.per_token_logps[rows.row_index]
+    lse = contrast.lse.double().sum(0)[rows.row_index]
+    dhidden = torch.zeros_like(packed)
     for tile in tiles:
-        factor = place_labels_torch(tile, packed_logps, packed_lse)
-        weight = head.weight[tile.start : tile.stop].to(packed.dtype)
-        scale = factor * packed_coefficient
+        scale = place_labels_torch(tile, logps, lse) * coefficient
         if needs.hidden_states:
+            weight = batch.head.weight[tile.start : tile.stop].to(packed.dtype)
             dhidden.add_((tile.tile @ weight).mul_(scale.unsqueeze(1)))
         if needs.weight:
             gradients.weight[tile.start : tile.stop].addmm_(tile.tile.T, packed * scale.unsqueeze(1))
         if needs.bias:
             gradients.bias[tile.start : tile.stop].addmv_(tile.tile.T, scale)
-    if needs.hidden_states:
-        dhidden = dhidden.new_zeros(hidden_states.shape).index_copy_(0, rows.row_index, dhidden)
-    return contrast, dhidden
+    return dhidden
 
 
 def _tiles(packed: Tensor, head: Head, rows: PackedRows, workspace: Tensor) -> Iterator[ExpTile]:

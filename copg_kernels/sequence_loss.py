@@ -1,0 +1,216 @@
+"""Any loss on sequence log-probabilities, fused with the head: the caller's function, the closed groups' schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from copg_kernels import checks
+from copg_kernels.copg import CoPGOutput, sequence_logps
+from copg_kernels.kernels.contrast import Completions, Contrast, completion_logps_torch
+from copg_kernels.kernels.head import Head
+from copg_kernels.kernels.linear_logps_fwd import Partials
+from copg_kernels.kernels.pack_rows import PackedRows
+from copg_kernels.linear_logps import linear_logps
+from copg_kernels.schedules import closed_groups, recompute
+
+# Coefficients of chunks and of the whole batch are the same sums in another order; a loss that is no mean over groups
+# is off by the share of a chunk.
+_SEPARABLE = 1e-3
+
+
+def linear_sequence_loss(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    ref_logps: Tensor,
+    rewards: Tensor,
+    *,
+    loss: Callable[..., Tensor],
+    beta: float,
+    group_size: int = 2,
+    cu_groups: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    average_logps: bool = False,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    sparse_eps: float | None = None,
+    workspace_bytes: int | None = None,
+    backend: str = "auto",
+) -> CoPGOutput:
+    """Any sequence-level loss straight from hidden states and the language-model head, without the logits.
+
+        loss(sequence_logps(linear_logps(hidden_states, lm_head_weight, labels)), ref_logps, rewards, beta=...)
+
+    Its derivatives by the log-probabilities come from autograd. On a GPU the backward pass is that of `linear_logps`:
+    four head GEMMs. The torch backend takes three, as in `linear_copg_loss`, if the loss is a mean over groups of a
+    function of each group; one that turns out not to be is right all the same, but its logits are computed twice.
+    gemm_units tells.
+
+    Args:
+        loss: one of `copg_kernels.losses`, or the caller's own with the signature
+            (logps, ref_logps, rewards, *, beta, group_size) -> scalar. It is given cu_groups instead of group_size
+            where that is set; further arguments are bound with functools.partial.
+        The others: as in `linear_copg_loss`.
+
+    Returns:
+        CoPGOutput(loss, logps, regularized_rewards, log_ratios, gemm_units); only loss is differentiable.
+
+    Raises:
+        TypeError, ValueError: as `linear_copg_loss`, and what `loss` raises.
+    """
+    checks.check_head(hidden_states, lm_head_weight, labels, bias)
+    checks.check_logit_options(logit_scale, softcap, temperature, sparse_eps)
+    boundaries = checks.completion_boundaries(hidden_states, labels, cu_seqlens)
+    num_sequences = boundaries.numel() - 1
+    checks.check_completions(ref_logps, rewards, num_sequences, hidden_states.device)
+    checks.check_beta(beta)
+    group_edges = checks.group_boundaries(num_sequences, group_size, cu_groups, hidden_states.device)
+    backend = checks.resolve_backend(backend, hidden_states)
+    workspace = checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend)
+    ref_logps, rewards = ref_logps.detach(), rewards.detach()
+
+    groups = {"group_size": group_size} if cu_groups is None else {"cu_groups": cu_groups}
+
+    def value_of(logps: Tensor) -> Tensor:
+        return loss(logps, ref_logps, rewards, beta=beta, **groups)
+
+    inputs = (hidden_states, lm_head_weight, bias)
+    trains = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    if backend == "torch" and any(trains) and not torch.compiler.is_compiling():
+        dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+        numbers = (ref_logps.to(dtype), rewards.to(dtype))
+        completions = Completions(
+            boundaries, group_edges, *numbers, beta, average_logps, num_groups=group_edges.numel() - 1
+        )
+        head = Head(lm_head_weight.detach(), None if bias is None else bias.detach(), logit_scale, softcap, temperature)
+        tokens = (hidden_states.detach().reshape(-1, hidden_states.shape[-1]), labels.reshape(-1))
+        batch = closed_groups.Batch(tokens[0], head, tokens[1], completions, ignore_index)
+        output = _in_closed_groups(batch, inputs, recompute.Needs(*trains), value_of, workspace)
+        if output is not None:
+            return output
+    per_token_logps = linear_logps(
+        hidden_states,
+        lm_head_weight,
+        labels,
+        bias=bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        workspace_bytes=workspace,
+        backend=backend,
+    )
+    logps = sequence_logps(
+        per_token_logps, labels, cu_seqlens=cu_seqlens, average=average_logps, ignore_index=ignore_index
+    )
+    units = 2 + sum(trains[:2]) if any(trains) else 1
+    return _output(value_of(logps), logps.detach(), ref_logps, rewards, beta, units)
+
+
+def _in_closed_groups(
+    batch: closed_groups.Batch,
+    inputs: Sequence[Tensor | None],
+    needs: recompute.Needs,
+    value_of: Callable[[Tensor], Tensor],
+    workspace_bytes: int,
+) -> CoPGOutput | None:
+    """Loss and gradients from one computation of the logits; None where a group's do not fit the workspace."""
+    completions = batch.completions
+    checks.require_batch(batch.labels, batch.head.weight.shape[0], batch.ignore_index, completions)
+    chunks = closed_groups.chunks_of(batch, workspace_bytes)
+    if chunks is None:
+        return None
+    # A chunk's coefficients are taken from the loss of all completions, those to come still at the reference.
+    logps = completions.ref_logps.clone()
+    contrast, gradients = closed_groups.in_chunks(batch, chunks, needs, _contrast(logps, chunks, value_of))
+    value, dlogps = _derivative(value_of, logps)
+    units = 1 + needs.hidden_states + needs.weight
+    if len(chunks) > 1 and not _agree(contrast.coefficients, dlogps, batch):
+        gradients = _recomputed(batch, contrast, dlogps, needs, workspace_bytes)
+        units *= 2
+    wanted = [(x, gradient) for x, gradient, need in zip(inputs, gradients, needs, strict=True) if need]
+    value = _KnownGradients.apply(value, [gradient for _, gradient in wanted], *(x for x, _ in wanted))
+    return _output(value, logps, completions.ref_logps, completions.rewards, completions.beta, units)
+
+
+def _contrast(
+    logps: Tensor, chunks: list[closed_groups.Chunk], value_of: Callable[[Tensor], Tensor]
+) -> Callable[[Partials, PackedRows, Completions], Contrast]:
+    """The contrast of one chunk after the other; leaves their log-probabilities in logps (N,)."""
+    remaining = iter(chunks)
+
+    def contrast(partials: Partials, rows: PackedRows, completions: Completions) -> Contrast:
+        mine = next(remaining).completions
+        logps[mine], counts, per_token_logps, lse = completion_logps_torch(partials, rows, completions)
+        value, dlogps = _derivative(value_of, logps)
+        coefficients = (dlogps[mine] / counts).to(logps.dtype)
+        log_ratios = logps[mine] - completions.ref_logps
+        regularized = completions.rewards - completions.beta * log_ratios
+        return Contrast(value, logps[mine], regularized, log_ratios, coefficients, per_token_logps, lse)
+
+    return contrast
+
+
+def _derivative(value_of: Callable[[Tensor], Tensor], logps: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        leaf = logps.clone().requires_grad_()
+        value = value_of(leaf)
+        return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+
+def _per_token(dlogps: Tensor, batch: closed_groups.Batch) -> Tensor:
+    """(N,) dloss/dlogps -> what each counted token of a completion gets of it."""
+    if not batch.completions.average:
+        return dlogps
+    counted = (batch.labels != batch.ignore_index).double()
+    return dlogps / torch.segment_reduce(counted, "sum", offsets=batch.completions.cu_seqlens.long()).to(dlogps)
+
+
+def _agree(coefficients: Tensor, dlogps: Tensor, batch: closed_groups.Batch) -> bool:
+    exact = _per_token(dlogps, batch)
+    return bool((coefficients - exact).abs().max() <= _SEPARABLE * exact.abs().max())
+
+
+def _recomputed(
+    batch: closed_groups.Batch, contrast: Contrast, dlogps: Tensor, needs: recompute.Needs, workspace_bytes: int
+) -> recompute.Gradients:
+    return recompute.token_logps_bwd(
+        closed_groups.of_tokens(_per_token(dlogps, batch), batch),
+        batch.hidden_states,
+        batch.head,
+        batch.labels,
+        contrast.per_token_logps,
+        contrast.lse,
+        needs,
+        ignore_index=batch.ignore_index,
+        workspace_bytes=workspace_bytes,
+        backend="torch",
+    )
+
+
+class _KnownGradients(torch.autograd.Function):
+    """value, with gradients that are there already: the backward pass only scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        ctx.like = [(x.shape, x.dtype) for x in inputs]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dvalue: Tensor) -> tuple:
+        pairs = zip(ctx.saved_tensors, ctx.like, strict=True)
+        return None, None, *((g * dvalue).to(dtype).view(shape) for g, (shape, dtype) in pairs)
+
+
+def _output(value: Tensor, logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float, units: int) -> CoPGOutput:
+    log_ratios = logps - ref_logps.to(logps.dtype)
+    regularized_rewards = rewards.to(logps.dtype) - beta * log_ratios
+    return CoPGOutput(value, logps, regularized_rewards, log_ratios, torch.tensor(units))
