@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from copg_kernels import checks
@@ -36,7 +37,9 @@ def linear_logps(
         dhidden_states[t]  = sum_v g[t] (1[v = labels[t]] - P[t, v]) dlogits[t, v]/dz * lm_head_weight[v]
         dlm_head_weight[v] = sum_t g[t] (1[v = labels[t]] - P[t, v]) dlogits[t, v]/dz * hidden_states[t]
 
-    computed from recomputed logits in slices of the vocabulary (four head GEMMs in all, one without gradients).
+    computed from recomputed logits in slices of the vocabulary (four head GEMMs in all, one without gradients). With a
+    frozen head the torch backend forms dlogp/dhidden_states along with logp (two GEMMs) and keeps it, in float32 for
+    16-bit operands.
     Ignored rows take no part in the forward pass and get zero gradient. Equal calls give equal bits.
 
     Args:
@@ -67,11 +70,15 @@ def linear_logps(
     checks.check_logit_options(logit_scale, softcap, temperature, sparse_eps)
     backend = checks.resolve_backend(backend, hidden_states)
     workspace = checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend)
-    per_token_logps, _ = linear_logps_op(
+    trains = [
+        torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_states, lm_head_weight, bias)
+    ]
+    per_token_logps, *_ = linear_logps_op(
         hidden_states.reshape(-1, hidden_states.shape[-1]),
         lm_head_weight,
         labels.reshape(-1),
         bias,
+        backend == "torch" and trains == [True, False, False],
         float(logit_scale),
         None if softcap is None else float(softcap),
         float(temperature),

@@ -10,6 +10,7 @@ from copg_kernels import checks
 from copg_kernels.kernels.contrast import Completions
 from copg_kernels.kernels.head import Head
 from copg_kernels.schedules import closed_groups, forward, recompute
+from copg_kernels.schedules import frozen_head as frozen
 from copg_kernels.schedules.tile_ops import accumulation_dtype
 
 
@@ -19,30 +20,40 @@ def linear_logps_op(
     lm_head_weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
+    frozen_head: bool,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
     ignore_index: int,
     workspace_bytes: int,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(T, H), (V, H), (T,) -> per_token_logps (T,), lse (2, T)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(T, H), (V, H), (T,) -> per_token_logps (T,), lse (2, T), dlogp/dhidden (T, H), empty without frozen_head."""
     checks.require_labels(labels, lm_head_weight.shape[0], ignore_index)
+    head = Head(_row_major(lm_head_weight), bias, logit_scale, softcap, temperature)
+    hidden_states = _row_major(hidden_states)
+    if frozen_head:
+        return frozen.token_logps_and_slopes(
+            hidden_states, head, labels, ignore_index=ignore_index, workspace_bytes=workspace_bytes
+        )
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device_of(hidden_states):
-        return forward.token_logps(
-            _row_major(hidden_states),
-            Head(_row_major(lm_head_weight), bias, logit_scale, softcap, temperature),
+        per_token_logps, lse = forward.token_logps(
+            hidden_states,
+            head,
             labels,
             ignore_index=ignore_index,
             workspace_bytes=workspace_bytes,
             backend=backend,
         )
+    return per_token_logps, lse, lse.new_empty(0)
 
 
 @linear_logps_op.register_fake
-def _(hidden_states, lm_head_weight, labels, *options):
-    return _token_outputs(hidden_states)
+def _(hidden_states, lm_head_weight, labels, bias, frozen_head, *options):
+    per_token_logps, lse = _token_outputs(hidden_states)
+    shape = hidden_states.shape if frozen_head else (0,)
+    return per_token_logps, lse, lse.new_empty(shape)
 
 
 @torch.library.custom_op("copg_kernels::linear_logps_bwd", mutates_args=())
@@ -88,15 +99,27 @@ def _(dlogps, hidden_states, lm_head_weight, labels, bias, per_token_logps, lse,
 
 
 def _linear_logps_setup(ctx, inputs, output):
-    hidden_states, lm_head_weight, labels, bias, *ctx.options = inputs
-    per_token_logps, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(hidden_states, lm_head_weight, labels, bias, per_token_logps, lse)
+    hidden_states, lm_head_weight, labels, bias, ctx.frozen_head, *ctx.options = inputs
+    per_token_logps, lse, dlogp_dhidden = output
+    ctx.mark_non_differentiable(lse, dlogp_dhidden)
+    ctx.dtype = hidden_states.dtype
+    if ctx.frozen_head:
+        ctx.save_for_backward(labels, dlogp_dhidden)
+    else:
+        ctx.save_for_backward(hidden_states, lm_head_weight, labels, bias, per_token_logps, lse)
 
 
-def _linear_logps_backward(ctx, dlogps, _dlse):
-    dhidden, dweight, dbias = _token_gradients(ctx, dlogps, ctx.needs_input_grad[:2] + ctx.needs_input_grad[3:4])
-    return dhidden, dweight, None, dbias, *(None for _ in ctx.options)
+def _linear_logps_backward(ctx, dlogps, *_):
+    if ctx.frozen_head:
+        labels, dlogp_dhidden = ctx.saved_tensors
+        ignore_index = ctx.options[3]
+        # Whatever reaches an ignored token, NaN included, goes no further.
+        coefficient = torch.where(labels != ignore_index, dlogps, 0.0)
+        dhidden, dweight, dbias = (dlogp_dhidden * coefficient.unsqueeze(1)).to(ctx.dtype), None, None
+    else:
+        needs = ctx.needs_input_grad[:2] + ctx.needs_input_grad[3:4]
+        dhidden, dweight, dbias = _token_gradients(ctx, dlogps, needs)
+    return dhidden, dweight, None, dbias, None, *(None for _ in ctx.options)
 
 
 def _token_gradients(ctx, dlogps, needs):

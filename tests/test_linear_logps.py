@@ -6,6 +6,7 @@ import torch
 from copg_kernels import linear_logps
 from copg_kernels.kernels.blocks import head_blocks
 from copg_kernels.reference import linear_logps_ref
+from copg_kernels.schedules import frozen_head
 from tests.conftest import DEVICE, KERNEL_DTYPES
 from tests.numerics import assert_close, assert_logps_close, relative_error, upcast
 
@@ -157,6 +158,31 @@ def test_only_one_gradient(wanted, backend):
     for name in ("hidden_states", "lm_head_weight", "bias"):
         inputs[name].requires_grad_(name == wanted)
     check(inputs, backend)
+
+
+@pytest.mark.parametrize("chunks", ["one chunk", "chunks of 7"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_frozen_head_of_the_torch_backend(dtype, chunks, monkeypatch):
+    """One derivative by the hidden states, kept from the forward pass, serves any upstream gradient."""
+    if chunks != "one chunk":
+        tokens_at_once = 7 * 301 * 4
+        schedule = frozen_head.token_logps_and_slopes
+        monkeypatch.setattr(
+            frozen_head,
+            "token_logps_and_slopes",
+            lambda *args, ignore_index, workspace_bytes: schedule(
+                *args, ignore_index=ignore_index, workspace_bytes=tokens_at_once
+            ),
+        )
+    inputs = make_inputs(37, 301, 70, dtype, bias=True)
+    inputs["lm_head_weight"].requires_grad_(False)
+    inputs["bias"].requires_grad_(False)
+    check(inputs, "torch", logit_scale=0.8, softcap=6.0, temperature=1.25)
+    inputs["hidden_states"].requires_grad_()
+    logps = linear_logps(**inputs, backend="torch")
+    for dlogps in (torch.ones(37), torch.randn(37)):
+        (gradient,) = torch.autograd.grad(logps, inputs["hidden_states"], dlogps.to(DEVICE), retain_graph=True)
+        assert (gradient[inputs["labels"] == -100] == 0).all() and gradient.isfinite().all()
 
 
 def test_non_contiguous_operands(backend):

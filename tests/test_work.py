@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from copg_kernels import linear_copg_loss, linear_logps
 from copg_kernels.kernels.contrast import Completions
 from copg_kernels.kernels.head import Head
-from copg_kernels.schedules import closed_groups, forward, recompute
+from copg_kernels.schedules import closed_groups, forward, frozen_head, recompute
 from tests.conftest import DEVICE
 
 T, V, H = 96, 700, 40
@@ -52,6 +52,18 @@ def test_units_of_work():
     assert units((True, True)) == 4
     assert units((True, False)) == 3
     assert units((False, True)) == 3
+
+
+def test_units_of_work_of_a_frozen_head():
+    """Whatever the upstream gradient: the backward pass only scales rows."""
+    hidden_states, weight, labels = torch.randn(T, H), torch.randn(V, H), torch.randint(V, (T,))
+    head = Head(weight, None, 1.0, None, 1.0)
+    for workspace in (10 * V * 4, 2**20):
+        with MatmulFlops() as counter:
+            frozen_head.token_logps_and_slopes(
+                hidden_states, head, labels, ignore_index=-100, workspace_bytes=workspace
+            )
+        assert counter.flops == 2 * (2 * T * V * H)
 
 
 def closed_units(needs: recompute.Needs, workspace_bytes: int) -> float:

@@ -130,8 +130,8 @@ def in_chunks(
     for chunk in chunks:
         part = _batch_of(chunk, batch)
         packed, rows = counted_rows(part.hidden_states, part.labels, part.ignore_index, "torch")
-        tiles = list(_tiles(packed, part.head, rows, workspace))
-        contrasts.append(contrast(_partials(tiles, packed), rows, part.completions))
+        tiles = list(tiles_of(packed, part.head, rows, workspace))
+        contrasts.append(contrast(partials_of(tiles, packed), rows, part.completions))
         dhidden = _add_gradients(part, packed, rows, tiles, contrasts[-1], needs, gradients)
         if needs.hidden_states:
             gradients.hidden_states[chunk.tokens] = 0
@@ -185,7 +185,7 @@ def _add_gradients(
     return dhidden
 
 
-def _tiles(packed: Tensor, head: Head, rows: PackedRows, workspace: Tensor) -> Iterator[ExpTile]:
+def tiles_of(packed: Tensor, head: Head, rows: PackedRows, workspace: Tensor) -> Iterator[ExpTile]:
     """The slices of the vocabulary side by side in the workspace, each one contiguous."""
     R, V = packed.shape[0], head.weight.shape[0]
     for start, stop in pairwise([*range(0, V, SPLIT_TORCH), V]):
@@ -193,7 +193,7 @@ def _tiles(packed: Tensor, head: Head, rows: PackedRows, workspace: Tensor) -> I
         yield exp_tile_torch(packed, head, rows.labels, start, stop, out)
 
 
-def _partials(tiles: list[ExpTile], packed: Tensor) -> Partials:
+def partials_of(tiles: list[ExpTile], packed: Tensor) -> Partials:
     label_logits = packed.new_empty(packed.shape[:1])
     for tile in tiles:
         label_logits[tile.held] = tile.label_logits
