@@ -110,7 +110,8 @@ def linear_sequence_loss(
     logps = sequence_logps(
         per_token_logps, labels, cu_seqlens=cu_seqlens, average=average_logps, ignore_index=ignore_index
     )
-    units = 2 + sum(trains[:2]) if any(trains) else 1
+    frozen_head = backend == "torch" and trains == [True, False, False]
+    units = 2 if frozen_head else 2 + sum(trains[:2]) if any(trains) else 1
     return _output(value_of(logps), logps.detach(), ref_logps, rewards, beta, units)
 
 

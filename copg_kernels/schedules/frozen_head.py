@@ -2,8 +2,8 @@
 
     u[t] = dlogp[t] / dhidden_states[t] = -slope * sum_v (softmax - onehot)[t, v] weight[v]
 
-A token's upstream gradient is then a factor of its row, so the backward pass has no GEMM left, whatever it is. Tokens go
-through in chunks whose logits fit the workspace. Torch backend only, like closed groups.
+A token's upstream gradient is then a factor of its row, so the backward pass has no GEMM left, whatever it is. Tokens
+go through in chunks whose logits fit the workspace. Torch backend only, like closed groups.
 """
 
 from __future__ import annotations
