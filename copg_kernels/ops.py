@@ -3,6 +3,9 @@
 Values (labels in range, finite rewards, boundaries) are checked here, where tensors are real even under torch.compile.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -32,12 +35,11 @@ def linear_logps_op(
     checks.require_labels(labels, lm_head_weight.shape[0], ignore_index)
     head = Head(_row_major(lm_head_weight), bias, logit_scale, softcap, temperature)
     hidden_states = _row_major(hidden_states)
-    if frozen_head:
-        return frozen.token_logps_and_slopes(
-            hidden_states, head, labels, ignore_index=ignore_index, workspace_bytes=workspace_bytes
-        )
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device_of(hidden_states):
+    with _on_device(hidden_states, workspace_bytes):
+        if frozen_head:
+            return frozen.token_logps_and_slopes(
+                hidden_states, head, labels, ignore_index=ignore_index, workspace_bytes=workspace_bytes
+            )
         per_token_logps, lse = forward.token_logps(
             hidden_states,
             head,
@@ -74,7 +76,7 @@ def linear_logps_bwd_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(T,) upstream gradient -> gradients of hidden_states, lm_head_weight, bias; an empty tensor where not needed."""
-    with torch.cuda.device_of(hidden_states):
+    with _on_device(hidden_states, workspace_bytes):
         return recompute.token_logps_bwd(
             dlogps.contiguous(),
             _row_major(hidden_states),
@@ -162,7 +164,7 @@ def linear_copg_op(
         cu_seqlens, cu_groups, ref_logps, rewards, beta, average_logps, num_groups=cu_groups.numel() - 1
     )
     checks.require_batch(labels, lm_head_weight.shape[0], ignore_index, completions)
-    with torch.cuda.device_of(hidden_states):
+    with _on_device(hidden_states, workspace_bytes):
         head = Head(_row_major(lm_head_weight), bias, logit_scale, softcap, temperature)
         contrast, gradients, units = closed_groups.copg(
             closed_groups.Batch(_row_major(hidden_states), head, labels, completions, ignore_index),
@@ -231,6 +233,19 @@ def _linear_copg_backward(ctx, dloss, *_):
 
 
 linear_copg_op.register_autograd(_linear_copg_backward, setup_context=_linear_copg_setup)
+
+
+@contextmanager
+def _on_device(hidden_states: Tensor, workspace_bytes: int) -> Iterator[None]:
+    """Triton launches on the current device, which need not be the tensors'. Out of memory says what to set."""
+    with torch.cuda.device_of(hidden_states):
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            message = (
+                f"copg_kernels ran out of memory with workspace_bytes={workspace_bytes}; set a smaller one. {error}"
+            )
+            raise torch.OutOfMemoryError(message) from error
 
 
 def _token_outputs(hidden_states: Tensor) -> tuple[Tensor, Tensor]:

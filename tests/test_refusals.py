@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from copg_kernels import copg_loss, linear_copg_loss, linear_logps, linear_sequence_loss, sequence_logps
+from copg_kernels.schedules import recompute
 from tests.conftest import DEVICE
 
 ON_CPU = pytest.mark.skipif(DEVICE.type == "cuda", reason="values on a GPU are checked by device assertions")
@@ -160,6 +161,24 @@ def test_copg_loss():
         copg_loss(numbers[0].view(2, 2), *numbers[1:], beta=0.1)
     with pytest.raises(ValueError, match=r"group_size must divide"):
         copg_loss(*numbers, beta=0.1, group_size=3)
+
+
+def test_out_of_memory_names_the_workspace(monkeypatch, backend):
+    """And leaves no partial gradients."""
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    inputs = operands()
+    inputs["lm_head_weight"].requires_grad_()
+    logps = linear_logps(**inputs, workspace_bytes=2**20, backend=backend)
+    monkeypatch.setattr(recompute, "addmm_fp32_", full)
+    monkeypatch.setattr(recompute, "mm_fp32", full)
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"workspace_bytes=1048576; set a smaller one\. CUDA out of memory"
+    ):
+        logps.sum().backward()
+    assert inputs["lm_head_weight"].grad is None
 
 
 def run_python(code: str, **environment) -> subprocess.CompletedProcess:
