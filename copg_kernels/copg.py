@@ -12,9 +12,7 @@ from copg_kernels.kernels.contrast import segment_sum
 from copg_kernels.ops import linear_copg_op
 
 
-class CoPGOutput(NamedTuple):
-    """What a fused loss returns; only `loss` is differentiable."""
-
+class _Fields(NamedTuple):
     loss: Tensor
     """(), mean over groups."""
     logps: Tensor
@@ -23,8 +21,21 @@ class CoPGOutput(NamedTuple):
     """(N,) A = rewards - beta * log_ratios."""
     log_ratios: Tensor
     """(N,) logps - ref_logps; their mean over samples of the policy estimates the KL divergence."""
+
+
+class CoPGOutput(_Fields):
+    """What a fused loss returns: (loss, logps, regularized_rewards, log_ratios), all but loss detached."""
+
     gemm_units: Tensor
-    """() int64, head GEMMs of this loss with its gradients: 3 where whole groups fit the workspace, 4 recomputed."""
+    """() int64, head GEMMs of this loss with its gradients: 3 where whole groups fit the workspace, 4 recomputed. An
+    attribute, so that the output unpacks into its four fields."""
+
+    @classmethod
+    def of(cls, *fields: Tensor, gemm_units: Tensor) -> CoPGOutput:
+        """The four fields, and the attribute."""
+        output = cls(*fields)
+        output.gemm_units = gemm_units
+        return output
 
 
 def sequence_logps(
@@ -169,7 +180,7 @@ def linear_copg_loss(
         bias, logit_scale, softcap, temperature, ignore_index, sparse_eps, workspace_bytes, backend: as `linear_logps`.
 
     Returns:
-        CoPGOutput(loss, logps, regularized_rewards, log_ratios, gemm_units), float32.
+        CoPGOutput(loss, logps, regularized_rewards, log_ratios), float32, with the attribute gemm_units.
 
     Raises:
         TypeError, ValueError: as `linear_logps`, `sequence_logps` and `copg_loss`; on a GPU the values of tensors are
@@ -209,7 +220,7 @@ def linear_copg_loss(
         workspace,
         backend,
     )
-    return CoPGOutput(loss, logps, regularized_rewards, log_ratios, gemm_units)
+    return CoPGOutput.of(loss, logps, regularized_rewards, log_ratios, gemm_units=gemm_units)
 
 
 class CoPGLoss(nn.Module):

@@ -60,7 +60,7 @@ def linear_sequence_loss(
         The others: as in `linear_copg_loss`.
 
     Returns:
-        CoPGOutput(loss, logps, regularized_rewards, log_ratios, gemm_units); only loss is differentiable.
+        CoPGOutput(loss, logps, regularized_rewards, log_ratios) with the attribute gemm_units; all but loss detached.
 
     Raises:
         TypeError, ValueError: as `linear_copg_loss`, and what `loss` raises.
@@ -214,4 +214,4 @@ class _KnownGradients(torch.autograd.Function):
 def _output(value: Tensor, logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float, units: int) -> CoPGOutput:
     log_ratios = logps - ref_logps.to(logps.dtype)
     regularized_rewards = rewards.to(logps.dtype) - beta * log_ratios
-    return CoPGOutput(value, logps, regularized_rewards, log_ratios, torch.tensor(units))
+    return CoPGOutput.of(value, logps, regularized_rewards, log_ratios, gemm_units=torch.tensor(units))

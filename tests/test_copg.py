@@ -89,6 +89,7 @@ def test_outputs(backend):
         output.loss, copg_loss(logps, batch["ref_logps"], batch["rewards"], beta=0.3, group_size=4)
     )
     assert output.loss.requires_grad and not any(value.requires_grad for value in output[1:])
+    assert output._fields == ("loss", "logps", "regularized_rewards", "log_ratios") and len(output) == 4
 
 
 def test_at_the_reference_the_log_ratio_is_exactly_0(backend):
