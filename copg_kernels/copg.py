@@ -163,10 +163,11 @@ def linear_copg_loss(
     equation. ref_logps that were computed by `linear_logps` and `sequence_logps` with the same options cancel exactly
     where the policy is still the reference.
 
-    On a GPU the backward pass is that of `linear_logps`: four head GEMMs in all. The torch backend computes the
-    gradients along with the loss, from the logits of as many whole groups as fit workspace_bytes: three GEMMs, two with
-    a frozen head; it keeps them, in float32 for 16-bit operands, until the backward pass. A group whose logits exceed
-    workspace_bytes makes it recompute the whole batch's logits; gemm_units tells which happened.
+    The gradients are computed along with the loss, from the logits of as many whole groups as fit workspace_bytes:
+    three head GEMMs, two with a frozen head, one without gradients. They are kept until the backward pass in the dtype
+    of hidden_states (float32 for float16), and the gradient of the head is summed in float32 where there are several
+    chunks of groups. With a trainable head, a group whose logits exceed workspace_bytes makes it compute the whole
+    batch's logits twice, and so does float16 on a GPU; gemm_units tells.
 
     Args:
         hidden_states: (B, L, H) padded, or (T, H) packed with cu_seqlens.
@@ -195,6 +196,7 @@ def linear_copg_loss(
     checks.check_completions(ref_logps, rewards, num_sequences, hidden_states.device)
     checks.check_beta(beta)
     groups = checks.group_boundaries(num_sequences, group_size, cu_groups, hidden_states.device)
+    equal = cu_seqlens is None and cu_groups is None
     backend = checks.resolve_backend(backend, hidden_states)
     workspace = checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend)
     dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
@@ -210,6 +212,7 @@ def linear_copg_loss(
         rewards.detach().to(dtype).contiguous(),
         boundaries,
         groups,
+        [labels.shape[1], group_size] if equal else [],
         float(beta),
         average_logps,
         trains,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from copg_kernels import checks
 from copg_kernels.ops import linear_logps_op
+from copg_kernels.schedules.tile_ops import can_keep_tiles
 
 
 def linear_logps(
@@ -38,8 +39,8 @@ def linear_logps(
         dlm_head_weight[v] = sum_t g[t] (1[v = labels[t]] - P[t, v]) dlogits[t, v]/dz * hidden_states[t]
 
     computed from recomputed logits in slices of the vocabulary (four head GEMMs in all, one without gradients). With a
-    frozen head the torch backend forms dlogp/dhidden_states along with logp (two GEMMs) and keeps it, in float32 for
-    16-bit operands.
+    frozen head dlogp/dhidden_states is formed along with logp, from as many tokens' logits as fit workspace_bytes, and
+    kept in the dtype of hidden_states (two GEMMs; float16 on a GPU: three).
     Ignored rows take no part in the forward pass and get zero gradient. Equal calls give equal bits.
 
     Args:
@@ -52,9 +53,9 @@ def linear_logps(
         temperature: divisor of the logits, where the completions were sampled with one.
         ignore_index: label of rows that do not count.
         sparse_eps: None; a compacted backward pass does not exist yet.
-        workspace_bytes: budget for the backward pass's tile (and the twin's forward tile); by default 512 MiB on a
-            GPU and 128 MiB elsewhere. Above it, the backward pass needs the gradients themselves, a scaled copy of
-            hidden_states and, for 16-bit operands, their gradient in float32.
+        workspace_bytes: budget for the tile of logits of a pass that forms gradients (and the twin's forward tile); by
+            default 1 GiB on a GPU and 128 MiB elsewhere. Above it such a pass needs the gradients themselves, a scaled
+            copy of hidden_states and, for 16-bit operands, their gradient in float32.
         backend: "triton", "torch", or "auto": triton for CUDA tensors, torch elsewhere. A request is never replaced.
 
     Returns:
@@ -78,7 +79,7 @@ def linear_logps(
         lm_head_weight,
         labels.reshape(-1),
         bias,
-        backend == "torch" and trains == [True, False, False],
+        trains == [True, False, False] and can_keep_tiles(hidden_states.dtype, backend),
         float(logit_scale),
         None if softcap is None else float(softcap),
         float(temperature),

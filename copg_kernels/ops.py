@@ -14,7 +14,7 @@ from copg_kernels.kernels.contrast import Completions
 from copg_kernels.kernels.head import Head
 from copg_kernels.schedules import closed_groups, forward, recompute
 from copg_kernels.schedules import frozen_head as frozen
-from copg_kernels.schedules.tile_ops import accumulation_dtype
+from copg_kernels.schedules.tile_ops import accumulation_dtype, kept_dtype
 
 
 @torch.library.custom_op("copg_kernels::linear_logps", mutates_args=())
@@ -33,12 +33,17 @@ def linear_logps_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(T, H), (V, H), (T,) -> per_token_logps (T,), lse (2, T), dlogp/dhidden (T, H), empty without frozen_head."""
     checks.require_labels(labels, lm_head_weight.shape[0], ignore_index)
-    head = Head(_row_major(lm_head_weight), bias, logit_scale, softcap, temperature)
-    hidden_states = _row_major(hidden_states)
-    with _on_device(hidden_states, workspace_bytes):
+    head = Head(row_major(lm_head_weight), bias, logit_scale, softcap, temperature)
+    hidden_states = row_major(hidden_states)
+    with on_device(hidden_states, workspace_bytes):
         if frozen_head:
             return frozen.token_logps_and_slopes(
-                hidden_states, head, labels, ignore_index=ignore_index, workspace_bytes=workspace_bytes
+                hidden_states,
+                head,
+                labels,
+                ignore_index=ignore_index,
+                workspace_bytes=workspace_bytes,
+                backend=backend,
             )
         per_token_logps, lse = forward.token_logps(
             hidden_states,
@@ -54,8 +59,9 @@ def linear_logps_op(
 @linear_logps_op.register_fake
 def _(hidden_states, lm_head_weight, labels, bias, frozen_head, *options):
     per_token_logps, lse = _token_outputs(hidden_states)
-    shape = hidden_states.shape if frozen_head else (0,)
-    return per_token_logps, lse, lse.new_empty(shape)
+    if frozen_head:
+        return per_token_logps, lse, torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    return per_token_logps, lse, lse.new_empty(0)
 
 
 @torch.library.custom_op("copg_kernels::linear_logps_bwd", mutates_args=())
@@ -76,11 +82,11 @@ def linear_logps_bwd_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(T,) upstream gradient -> gradients of hidden_states, lm_head_weight, bias; an empty tensor where not needed."""
-    with _on_device(hidden_states, workspace_bytes):
+    with on_device(hidden_states, workspace_bytes):
         return recompute.token_logps_bwd(
             dlogps.contiguous(),
-            _row_major(hidden_states),
-            Head(_row_major(lm_head_weight), bias, logit_scale, softcap, temperature),
+            row_major(hidden_states),
+            Head(row_major(lm_head_weight), bias, logit_scale, softcap, temperature),
             labels,
             per_token_logps,
             lse,
@@ -145,6 +151,7 @@ def linear_copg_op(
     rewards: Tensor,
     cu_seqlens: Tensor,
     cu_groups: Tensor,
+    equal_sizes: list[int],
     beta: float,
     average_logps: bool,
     needs: list[bool],
@@ -155,19 +162,26 @@ def linear_copg_op(
     workspace_bytes: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> Contrast, Gradients (empty where they are left to the backward pass), GEMM units.
+    """-> Contrast, Gradients (empty where not needed), GEMM units.
 
-    The torch backend computes the gradients that are needed here, where whole groups have their logits at hand; in the
-    accumulation dtype, because float16 has no room for them before the upstream gradient scales them.
+    The gradients are computed here, where whole groups have their logits at hand; the backward pass scales them.
+    equal_sizes is (tokens per completion, completions per group), empty where these differ.
     """
     completions = Completions(
-        cu_seqlens, cu_groups, ref_logps, rewards, beta, average_logps, num_groups=cu_groups.numel() - 1
+        cu_seqlens,
+        cu_groups,
+        ref_logps,
+        rewards,
+        beta,
+        average_logps,
+        num_groups=cu_groups.numel() - 1,
+        equal_sizes=(equal_sizes[0], equal_sizes[1]) if equal_sizes else None,
     )
     checks.require_batch(labels, lm_head_weight.shape[0], ignore_index, completions)
-    with _on_device(hidden_states, workspace_bytes):
-        head = Head(_row_major(lm_head_weight), bias, logit_scale, softcap, temperature)
+    with on_device(hidden_states, workspace_bytes):
+        head = Head(row_major(lm_head_weight), bias, logit_scale, softcap, temperature)
         contrast, gradients, units = closed_groups.copg(
-            closed_groups.Batch(_row_major(hidden_states), head, labels, completions, ignore_index),
+            closed_groups.Batch(row_major(hidden_states), head, labels, completions, ignore_index),
             recompute.Needs(*needs),
             workspace_bytes=workspace_bytes,
             backend=backend,
@@ -185,17 +199,18 @@ def _(
     rewards,
     cu_seqlens,
     cu_groups,
+    equal_sizes,
     beta,
     average_logps,
     needs,
     *options,
 ):
-    dtype, backend = accumulation_dtype(hidden_states.dtype), options[-1]
+    dtype, kept = accumulation_dtype(hidden_states.dtype), kept_dtype(hidden_states.dtype)
     per_completion = (torch.empty_like(rewards, dtype=dtype) for _ in range(4))
     gradients = (
-        torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-        if need and backend == "torch"
-        else hidden_states.new_empty(0, dtype=dtype)
+        torch.empty_like(x, dtype=kept, memory_format=torch.contiguous_format)
+        if need
+        else hidden_states.new_empty(0, dtype=kept)
         for x, need in zip((hidden_states, lm_head_weight, bias), needs, strict=True)
     )
     units = torch.empty((), dtype=torch.int64, device="cpu")
@@ -203,40 +218,27 @@ def _(
 
 
 def _linear_copg_setup(ctx, inputs, output):
-    hidden_states, lm_head_weight, labels, bias, _, _, cu_seqlens, _, _, _, ctx.needs, *ctx.options = inputs
+    hidden_states, needs = inputs[0], inputs[11]
+    ctx.needs, ctx.num_inputs, ctx.dtype = needs, len(inputs), hidden_states.dtype
     _, *others = output
-    _, _, _, coefficients, per_token_logps, lse, *gradients, _ = others
+    *_, dhidden, dweight, dbias, _ = others
     ctx.mark_non_differentiable(*others)
-    ctx.in_forward, ctx.dtype = ctx.options[-1] == "torch", hidden_states.dtype
-    if ctx.in_forward:
-        ctx.save_for_backward(*gradients)
-    else:
-        ctx.save_for_backward(
-            hidden_states, lm_head_weight, labels, bias, per_token_logps, lse, coefficients, cu_seqlens
-        )
+    ctx.save_for_backward(dhidden, dweight, dbias)
 
 
 def _linear_copg_backward(ctx, dloss, *_):
-    if ctx.in_forward:
-        gradients = [
-            (gradient * dloss).to(ctx.dtype) if need else None
-            for gradient, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
-        ]
-    else:
-        coefficients, cu_seqlens = ctx.saved_tensors[6:]
-        num_tokens = ctx.saved_tensors[2].numel()
-        per_token = torch.repeat_interleave(coefficients, cu_seqlens.diff(), output_size=num_tokens)
-        needs = ctx.needs_input_grad[:2] + ctx.needs_input_grad[3:4]
-        gradients = _token_gradients(ctx, dloss * per_token, needs)
-    dhidden, dweight, dbias = gradients
-    return dhidden, dweight, None, dbias, *(None for _ in range(7)), *(None for _ in ctx.options)
+    dhidden, dweight, dbias = (
+        (gradient * dloss).to(ctx.dtype) if need else None
+        for gradient, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+    )
+    return dhidden, dweight, None, dbias, *(None for _ in range(ctx.num_inputs - 4))
 
 
 linear_copg_op.register_autograd(_linear_copg_backward, setup_context=_linear_copg_setup)
 
 
 @contextmanager
-def _on_device(hidden_states: Tensor, workspace_bytes: int) -> Iterator[None]:
+def on_device(hidden_states: Tensor, workspace_bytes: int) -> Iterator[None]:
     """Triton launches on the current device, which need not be the tensors'. Out of memory says what to set."""
     with torch.cuda.device_of(hidden_states):
         try:
@@ -253,6 +255,6 @@ def _token_outputs(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     return hidden_states.new_empty((num_tokens,), dtype=dtype), hidden_states.new_empty((2, num_tokens), dtype=dtype)
 
 
-def _row_major(matrix: Tensor) -> Tensor:
+def row_major(matrix: Tensor) -> Tensor:
     """The tile operations take any row stride, but elements of a row side by side."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()

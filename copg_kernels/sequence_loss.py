@@ -10,12 +10,14 @@ from torch import Tensor
 
 from copg_kernels import checks
 from copg_kernels.copg import CoPGOutput, sequence_logps
-from copg_kernels.kernels.contrast import Completions, Contrast, completion_logps_torch
+from copg_kernels.kernels.contrast import Completions, Contrast
 from copg_kernels.kernels.head import Head
-from copg_kernels.kernels.linear_logps_fwd import Partials
 from copg_kernels.kernels.pack_rows import PackedRows
+from copg_kernels.kernels.row_statistics import Partials
 from copg_kernels.linear_logps import linear_logps
+from copg_kernels.ops import on_device, row_major
 from copg_kernels.schedules import closed_groups, recompute
+from copg_kernels.schedules.tile_ops import can_keep_tiles, tile_ops
 
 # Coefficients of chunks and of the whole batch are the same sums in another order; a loss that is no mean over groups
 # is off by the share of a chunk.
@@ -48,10 +50,9 @@ def linear_sequence_loss(
 
         loss(sequence_logps(linear_logps(hidden_states, lm_head_weight, labels)), ref_logps, rewards, beta=...)
 
-    Its derivatives by the log-probabilities come from autograd. On a GPU the backward pass is that of `linear_logps`:
-    four head GEMMs. The torch backend takes three, as in `linear_copg_loss`, if the loss is a mean over groups of a
-    function of each group; one that turns out not to be is right all the same, but its logits are computed twice.
-    gemm_units tells.
+    Its derivatives by the log-probabilities come from autograd. As in `linear_copg_loss` it takes three head GEMMs, if
+    the loss is a mean over groups of a function of each group; one that turns out not to be is right all the same, but
+    its logits are computed twice. gemm_units tells. Under torch.compile the backward pass is that of `linear_logps`.
 
     Args:
         loss: one of `copg_kernels.losses`, or the caller's own with the signature
@@ -83,16 +84,22 @@ def linear_sequence_loss(
 
     inputs = (hidden_states, lm_head_weight, bias)
     trains = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
-    if backend == "torch" and any(trains) and not torch.compiler.is_compiling():
+    if any(trains) and not torch.compiler.is_compiling():
         dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-        numbers = (ref_logps.to(dtype), rewards.to(dtype))
         completions = Completions(
-            boundaries, group_edges, *numbers, beta, average_logps, num_groups=group_edges.numel() - 1
+            boundaries,
+            group_edges,
+            ref_logps.to(dtype).contiguous(),
+            rewards.to(dtype).contiguous(),
+            float(beta),
+            average_logps,
+            num_groups=group_edges.numel() - 1,
+            equal_sizes=(labels.shape[1], group_size) if cu_seqlens is None and cu_groups is None else None,
         )
         head = Head(lm_head_weight.detach(), None if bias is None else bias.detach(), logit_scale, softcap, temperature)
         tokens = (hidden_states.detach().reshape(-1, hidden_states.shape[-1]), labels.reshape(-1))
         batch = closed_groups.Batch(tokens[0], head, tokens[1], completions, ignore_index)
-        output = _in_closed_groups(batch, inputs, recompute.Needs(*trains), value_of, workspace)
+        output = _in_closed_groups(batch, inputs, recompute.Needs(*trains), value_of, workspace, backend)
         if output is not None:
             return output
     per_token_logps = linear_logps(
@@ -110,7 +117,7 @@ def linear_sequence_loss(
     logps = sequence_logps(
         per_token_logps, labels, cu_seqlens=cu_seqlens, average=average_logps, ignore_index=ignore_index
     )
-    frozen_head = backend == "torch" and trains == [True, False, False]
+    frozen_head = can_keep_tiles(hidden_states.dtype, backend) and trains == [True, False, False]
     units = 2 if frozen_head else 2 + sum(trains[:2]) if any(trains) else 1
     return _output(value_of(logps), logps.detach(), ref_logps, rewards, beta, units)
 
@@ -121,40 +128,54 @@ def _in_closed_groups(
     needs: recompute.Needs,
     value_of: Callable[[Tensor], Tensor],
     workspace_bytes: int,
+    backend: str,
 ) -> CoPGOutput | None:
     """Loss and gradients from one computation of the logits; None where a group's do not fit the workspace."""
     completions = batch.completions
     checks.require_batch(batch.labels, batch.head.weight.shape[0], batch.ignore_index, completions)
-    chunks = closed_groups.chunks_of(batch, workspace_bytes)
-    if chunks is None:
-        return None
-    # A chunk's coefficients are taken from the loss of all completions, those to come still at the reference.
-    logps = completions.ref_logps.clone()
-    contrast, gradients = closed_groups.in_chunks(batch, chunks, needs, _contrast(logps, chunks, value_of))
-    value, dlogps = _derivative(value_of, logps)
-    units = 1 + needs.hidden_states + needs.weight
-    if len(chunks) > 1 and not _agree(contrast.coefficients, dlogps, batch):
-        gradients = _recomputed(batch, contrast, dlogps, needs, workspace_bytes)
-        units *= 2
+    options: dict[str, Any] = dict(workspace_bytes=workspace_bytes, backend=backend)
+    with on_device(batch.hidden_states, workspace_bytes):
+        batch = batch._replace(
+            hidden_states=row_major(batch.hidden_states),
+            head=batch.head._replace(weight=row_major(batch.head.weight)),
+        )
+        chunks = closed_groups.chunks_of(batch, needs, **options)
+        if chunks is None:
+            return None
+        # A chunk's coefficients are taken from the loss of all completions, those to come still at the reference.
+        logps = completions.ref_logps.clone()
+        contrast = _contrast(batch, logps, chunks, value_of, tile_ops(backend).contrast_fwd)
+        contrasted, gradients = closed_groups.in_chunks(batch, chunks, needs, contrast, backend)
+        value, dlogps = _derivative(value_of, logps)
+        units = 1 + needs.hidden_states + needs.weight
+        if len(chunks) > 1 and not _agree(contrasted.coefficients, dlogps, batch):
+            exact = contrasted._replace(coefficients=_per_token(dlogps, batch))
+            gradients = closed_groups.recomputed(batch, exact, needs, **options)
+            units *= 2
     wanted = [(x, gradient) for x, gradient, need in zip(inputs, gradients, needs, strict=True) if need]
     value = _KnownGradients.apply(value, [gradient for _, gradient in wanted], *(x for x, _ in wanted))
     return _output(value, logps, completions.ref_logps, completions.rewards, completions.beta, units)
 
 
 def _contrast(
-    logps: Tensor, chunks: list[closed_groups.Chunk], value_of: Callable[[Tensor], Tensor]
+    batch: closed_groups.Batch,
+    logps: Tensor,
+    chunks: list[closed_groups.Chunk],
+    value_of: Callable[[Tensor], Tensor],
+    contrast_fwd: Callable[[Partials, PackedRows, Completions], Contrast],
 ) -> Callable[[Partials, PackedRows, Completions], Contrast]:
-    """The contrast of one chunk after the other; leaves their log-probabilities in logps (N,)."""
+    """The contrast of one chunk after the other; leaves their log-probabilities in logps (N,).
+
+    Log-probabilities are those of `contrast_fwd`, coefficients those of the caller's loss.
+    """
     remaining = iter(chunks)
 
     def contrast(partials: Partials, rows: PackedRows, completions: Completions) -> Contrast:
         mine = next(remaining).completions
-        logps[mine], counts, per_token_logps, lse = completion_logps_torch(partials, rows, completions)
+        contrasted = contrast_fwd(partials, rows, completions)
+        logps[mine] = contrasted.logps
         value, dlogps = _derivative(value_of, logps)
-        coefficients = (dlogps[mine] / counts).to(logps.dtype)
-        log_ratios = logps[mine] - completions.ref_logps
-        regularized = completions.rewards - completions.beta * log_ratios
-        return Contrast(value, logps[mine], regularized, log_ratios, coefficients, per_token_logps, lse)
+        return contrasted._replace(loss=value, coefficients=_per_token(dlogps, batch)[mine])
 
     return contrast
 
@@ -177,23 +198,6 @@ def _per_token(dlogps: Tensor, batch: closed_groups.Batch) -> Tensor:
 def _agree(coefficients: Tensor, dlogps: Tensor, batch: closed_groups.Batch) -> bool:
     exact = _per_token(dlogps, batch)
     return bool((coefficients - exact).abs().max() <= _SEPARABLE * exact.abs().max())
-
-
-def _recomputed(
-    batch: closed_groups.Batch, contrast: Contrast, dlogps: Tensor, needs: recompute.Needs, workspace_bytes: int
-) -> recompute.Gradients:
-    return recompute.token_logps_bwd(
-        closed_groups.of_tokens(_per_token(dlogps, batch), batch),
-        batch.hidden_states,
-        batch.head,
-        batch.labels,
-        contrast.per_token_logps,
-        contrast.lse,
-        needs,
-        ignore_index=batch.ignore_index,
-        workspace_bytes=workspace_bytes,
-        backend="torch",
-    )
 
 
 class _KnownGradients(torch.autograd.Function):

@@ -24,11 +24,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from copg_kernels.kernels import contrast, merge_splits, scale_rows
-from copg_kernels.kernels.blocks import BLOCKS
+from copg_kernels.kernels import contrast, fold_tiles, merge_splits, scale_rows
+from copg_kernels.kernels.blocks import BLOCKS, GROUP_N
 from copg_kernels.kernels.contrast import _contrast_kernel, launch_options
-from copg_kernels.kernels.linear_logps_fwd import GROUP_N, LOWEST, _linear_logps_fwd_kernel
+from copg_kernels.kernels.exp_tile import _exp_tile_kernel
+from copg_kernels.kernels.fold_tiles import _fold_tiles_kernel
+from copg_kernels.kernels.head import compile_options
+from copg_kernels.kernels.linear_logps_fwd import _linear_logps_fwd_kernel
 from copg_kernels.kernels.merge_splits import _merge_splits_kernel
+from copg_kernels.kernels.place_labels import _place_labels_kernel
 from copg_kernels.kernels.scale_rows import _scale_rows_kernel
 from copg_kernels.kernels.softmax_minus_label import _softmax_minus_label_kernel
 
@@ -52,6 +56,7 @@ MATRIX_INSTRUCTION = {
 _TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _HEAD_KERNELS = {
     "linear_logps_fwd": _linear_logps_fwd_kernel,
+    "exp_tile": _exp_tile_kernel,
     "softmax_minus_label": _softmax_minus_label_kernel,
 }
 
@@ -82,8 +87,11 @@ def cases(targets: list[str]) -> Iterator[Case]:
         for dtype in _TYPES:
             for kernel in _HEAD_KERNELS:
                 for epilogue in ("plain", "full"):
-                    yield Case(kernel, target, dtype, epilogue)
+                    if (kernel, dtype) != ("exp_tile", "float16"):
+                        yield Case(kernel, target, dtype, epilogue)
             yield Case("scale_rows", target, dtype, "plain")
+            yield Case("place_labels", target, dtype, "full")
+        yield Case("fold_tiles", target, "float32", "plain")
         yield Case("merge_splits", target, "float32", "plain")
         yield Case("contrast", target, "float32", "plain")
         yield Case("contrast", target, "float32", "full")
@@ -97,7 +105,7 @@ def compile_case(case: Case) -> Row:
     aligned = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, type_ in signature.items()
-        if type_.startswith("*") or name in ("H", "R", "stride_hidden", "stride_weight", "stride_source", "tile_width")
+        if type_.startswith("*") or name in ("H", "R", "stride_hidden", "stride_weight", "stride_source", "stride_tile")
     }
     source = ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=TARGETS[case.target], options=options)
@@ -115,6 +123,14 @@ def _specification(case: Case) -> tuple:
     if case.kernel == "merge_splits":
         types = {"position_ptr": "*i64", "num_rows_ptr": "*i64"}
         return *_signature(_merge_splits_kernel, types, dict(BLOCK_T=merge_splits.BLOCK_T)), {}
+    if case.kernel == "fold_tiles":
+        constants = dict(BLOCK_R=fold_tiles.BLOCK_R, TILES_PER_SPLIT=32)
+        return *_signature(_fold_tiles_kernel, {}, constants), dict(enable_fp_fusion=False)
+    if case.kernel == "place_labels":
+        types = dict.fromkeys(("row_index_ptr", "labels_ptr", "num_rows_ptr"), "*i64")
+        types |= {"tile_ptr": f"*{element}", "redo_ptr": "*i32", "inv_softcap": "fp32", "inv_temperature": "fp32"}
+        blocks = BLOCKS[case.target, 4 if element == "fp32" else 2]
+        return *_signature(_place_labels_kernel, types, dict(HAS_CAP=True, BLOCK_N=blocks.BLOCK_N)), {}
     if case.kernel == "contrast":
         names = ("position_ptr", "num_rows_ptr")
         types = dict.fromkeys(names, "*i64") | {
@@ -133,16 +149,17 @@ def _head_specification(case: Case, element: str) -> tuple:
     constants = dict(
         HAS_BIAS=full, HAS_CAP=full, EVEN_H=not full, USE_TMA=blocks.use_tma, PRECISION=blocks.precision,
         BLOCK_N=blocks.BLOCK_N, BLOCK_V=blocks.BLOCK_V, BLOCK_H=blocks.BLOCK_H, GROUP_N=GROUP_N,
-        LOWEST=LOWEST, TILES_PER_SPLIT=blocks.tiles_per_split,
+        TILES_PER_SPLIT=blocks.tiles_per_split, TMA_OUT=blocks.use_tma, only_ptr=None,
     )  # fmt: skip
     if not full:
         constants["bias_ptr"] = None
-    weight = f"tensordesc<{element}[{blocks.BLOCK_V}, {blocks.BLOCK_H}]>" if blocks.use_tma else f"*{element}"
-    types = {"weight": weight, "row_index_ptr": "*i64", "labels_ptr": "*i64", "num_rows_ptr": "*i64"}
-    types |= dict.fromkeys(("hidden_ptr", "bias_ptr", "tile_ptr"), f"*{element}")
+    types = {"row_index_ptr": "*i64", "labels_ptr": "*i64", "num_rows_ptr": "*i64"}
+    types |= dict.fromkeys(("hidden_ptr", "bias_ptr", "weight", "tile"), f"*{element}")
+    if blocks.use_tma:
+        types["weight"] = f"tensordesc<{element}[{blocks.BLOCK_V}, {blocks.BLOCK_H}]>"
+        types["tile"] = f"tensordesc<{element}[{blocks.BLOCK_N}, {blocks.BLOCK_V // 4}]>"
     types |= dict.fromkeys(("logit_scale", "inv_softcap", "inv_temperature", "tile_scale"), "fp32")
-    options = dict(num_warps=blocks.num_warps, num_stages=blocks.num_stages)
-    return *_signature(_HEAD_KERNELS[case.kernel], types, constants), options
+    return *_signature(_HEAD_KERNELS[case.kernel], types, constants), compile_options(blocks)
 
 
 def _signature(kernel, types: dict[str, str], constants: dict) -> tuple:

@@ -10,7 +10,7 @@ import pytest
 triton = pytest.importorskip("triton")
 
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
-HEAD_KERNELS = ("linear_logps_fwd", "softmax_minus_label")
+HEAD_KERNELS = ("linear_logps_fwd", "exp_tile", "softmax_minus_label")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def named(row: dict) -> str:
 
 
 def test_every_kernel_was_compiled_for_every_target(rows):
-    kernels = {*HEAD_KERNELS, "scale_rows", "merge_splits", "contrast"}
+    kernels = {*HEAD_KERNELS, "scale_rows", "fold_tiles", "merge_splits", "place_labels", "contrast"}
     assert {(row["target"], row["kernel"]) for row in rows} == {(t, k) for t in SHARED_LIMIT for k in kernels}
     assert {row["dtype"] for row in rows if row["kernel"] in HEAD_KERNELS} == {
         "float32",

@@ -42,7 +42,7 @@ def test_opcheck(with_bias, backend):
     head = (0.9, 8.0, 1.25, -100, 2**20, backend)
     torch.library.opcheck(linear_logps_op, (*operands(with_bias), False, *head))
     torch.library.opcheck(
-        linear_copg_op, (*operands(with_bias), *completions(), 0.3, True, [True, True, with_bias], *head)
+        linear_copg_op, (*operands(with_bias), *completions(), [], 0.3, True, [True, True, with_bias], *head)
     )
     hidden_states, weight, labels, bias = (None if x is None else x.detach() for x in operands(with_bias))
     logps, lse, _ = linear_logps_op(hidden_states, weight, labels, bias, False, *head)
@@ -51,9 +51,9 @@ def test_opcheck(with_bias, backend):
     torch.library.opcheck(linear_logps_bwd_op, arguments)
 
 
-def test_opcheck_of_a_frozen_head():
+def test_opcheck_of_a_frozen_head(backend):
     hidden_states, weight, labels, bias = operands()
-    frozen = (hidden_states, weight.detach(), labels, bias.detach(), True, 0.9, 8.0, 1.25, -100, 2**20, "torch")
+    frozen = (hidden_states, weight.detach(), labels, bias.detach(), True, 0.9, 8.0, 1.25, -100, 2**20, backend)
     torch.library.opcheck(linear_logps_op, frozen)
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from copg_kernels.kernels.language import jit, tl
-from copg_kernels.kernels.linear_logps_fwd import Partials
 from copg_kernels.kernels.merge_splits import merge_splits, merge_splits_fwd_torch
 from copg_kernels.kernels.pack_rows import PackedRows
+from copg_kernels.kernels.row_statistics import Partials
 
 BLOCK_T = 256
 BLOCK_K = 32
@@ -36,6 +36,8 @@ class Completions(NamedTuple):
     average: bool
     num_groups: int
     """Groups the loss is a mean over: all of the batch's, also where these are only a chunk of them."""
+    equal_sizes: tuple[int, int] | None = None
+    """Tokens per completion and completions per group, where the host knows them to be all the same."""
 
 
 class Contrast(NamedTuple):
@@ -155,24 +157,25 @@ def contrast_fwd(partials: Partials, rows: PackedRows, completions: Completions)
         T, R, num_splits, completions.num_groups, float(completions.beta),
         AVERAGE=completions.average, BLOCK_T=BLOCK_T, BLOCK_K=BLOCK_K, **launch_options(torch.version.hip is not None),
     )  # fmt: skip
-    return Contrast(group_losses.mean(), logps, regularized_rewards, log_ratios, coefficients, per_token_logps, lse)
+    return Contrast(
+        group_losses.sum() / completions.num_groups,
+        logps,
+        regularized_rewards,
+        log_ratios,
+        coefficients,
+        per_token_logps,
+        lse,
+    )
 
 
-def completion_logps_torch(
-    partials: Partials, rows: PackedRows, completions: Completions
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> logps (N,), counted tokens (N,) or ones where these are sums, per_token_logps (T,), lse (2, T)."""
+def contrast_fwd_torch(partials: Partials, rows: PackedRows, completions: Completions) -> Contrast:
+    """Twin of `contrast_fwd`."""
     per_token_logps, lse = merge_splits_fwd_torch(partials, rows)
     sums = segment_sum(per_token_logps, completions.cu_seqlens)
     counts = torch.ones_like(sums)
     if completions.average:
         counts = segment_sum(rows.position < rows.num_rows, completions.cu_seqlens)
-    return (sums / counts).to(per_token_logps.dtype), counts, per_token_logps, lse
-
-
-def contrast_fwd_torch(partials: Partials, rows: PackedRows, completions: Completions) -> Contrast:
-    """Twin of `contrast_fwd`."""
-    logps, counts, per_token_logps, lse = completion_logps_torch(partials, rows, completions)
+    logps = (sums / counts).to(per_token_logps.dtype)
     log_ratios = logps - completions.ref_logps
     regularized_rewards = completions.rewards - completions.beta * log_ratios
 

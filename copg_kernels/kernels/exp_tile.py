@@ -1,29 +1,183 @@
-"""Exponentials of a slice of logits with their row sums, the label's column left out: the twins' one pass over a tile.
+"""Exponentials of logits that stay, with their row statistics: one GEMM from which the gradients need no other.
 
-    tile[r, v] = exp(z[r, v] - base[r])          0 at the label
-    sum_{v in slice} tile[r, v] = sums[r]
+    tile[r, v] = slope * exp(z[r, v] - reference[r])            0 at the label;  slope: the cap's derivative
 
-The forward pass reads off `base + log(sums)` and drops the tile. A schedule that keeps it has the softmax in hand, up
-to the factor exp(base - lse) of each row, once the whole row's log-sum-exp is known.
+The reference only has to be near the row's log-sum-exp, because a bfloat16 has the exponents of a float32: the largest
+of the first logits will do. So the row's log-sum-exp need not be known when the tile is stored, no second pass over it
+is needed, and no logit is ever rounded: exp(reference - lse) goes where the token's coefficient goes, and the label's
+entry is put in afterwards (`place_labels`). Rows whose reference turns out too far off are computed once more there.
+
+float16 has no exponents to spare; its operands take another schedule.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from copg_kernels.kernels.head import Head, logits_tile_torch
+from copg_kernels.kernels.blocks import GROUP_N, SPLIT_TORCH, head_blocks
+from copg_kernels.kernels.fold_tiles import fold_tiles
+from copg_kernels.kernels.head import (
+    Head,
+    cap_slope,
+    head_logits,
+    logits_tile_torch,
+    out_arguments,
+    store_part,
+    tile_arguments,
+)
+from copg_kernels.kernels.language import jit, tl, triton
+from copg_kernels.kernels.pack_rows import PackedRows
+from copg_kernels.kernels.row_statistics import Partials, exponentials, tile_maximum
 
-# Start of every running maximum: finite, because (-inf) - (-inf) is NaN where a slice has no finite logit.
-LOWEST = -1e38
-# Of so many columns the largest logit serves as reference, whose probability is above this in all but absurd rows.
-_REFERENCE_COLUMNS, _LEAST_PROBABILITY = 64, 1e-30
+# The largest of so many logits serves as reference.
+REFERENCE_COLUMNS = 64
+# exp(80) is within float32 and leaves a GEMM room to sum. Rows that need more are computed once more anyway.
+_LARGEST_EXPONENT = tl.constexpr(80.0)
+# Of the twin's slices, the reference logit's probability is above this in all but absurd rows.
+_LEAST_PROBABILITY = 1e-30
+
+
+@jit
+def _exp_tile_kernel(
+    hidden_ptr,  # (T, H)
+    weight,  # (V, H), pointer or tensor descriptor
+    bias_ptr,  # (V,)
+    row_index_ptr,  # (R,) int64
+    labels_ptr,  # (R,) int64, packed
+    num_rows_ptr,  # (1,) int64
+    reference_ptr,  # (R,) float32
+    tile,  # (R, V), pointer or tensor descriptor, out
+    tile_max_ptr,  # (num_tiles, R) float32, out
+    tile_sum_ptr,  # (num_tiles, R) float32, out
+    label_logits_ptr,  # (R,) float32, out
+    R,
+    V,
+    H,
+    stride_hidden,
+    stride_weight,
+    stride_tile,
+    logit_scale,
+    inv_softcap,
+    inv_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    TMA_OUT: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP_N: tl.constexpr,
+):
+    # 1. GROUP_N row blocks share each tile of the weight while it is in L2. The GEMMs that read the tile run over all R
+    # rows, so ignored ones must be 0.
+    pid_n = tl.program_id(1) * GROUP_N + tl.program_id(0) % GROUP_N
+    pid_v = tl.program_id(0) // GROUP_N
+    num_rows = tl.load(num_rows_ptr)
+    if pid_n * BLOCK_N >= num_rows:
+        if pid_n * BLOCK_N < R:
+            zeros = tl.zeros((BLOCK_N, BLOCK_V // 4), dtype=tl.float32)
+            for part in tl.static_range(4):
+                start_v = pid_v * BLOCK_V + part * (BLOCK_V // 4)
+                store_part(tile, zeros, pid_n * BLOCK_N, start_v, R, V, stride_tile, TMA_OUT)
+        return
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < num_rows
+    # Lanes past the last counted row compute it once more: an ignored row may hold NaN.
+    counted_n = tl.minimum(offs_n, num_rows - 1)
+    rows = tl.load(row_index_ptr + counted_n)
+    label = tl.load(labels_ptr + counted_n).to(tl.int32)
+
+    # 2. The streaming forward pass's logits and maximum.
+    parts = head_logits(
+        hidden_ptr, rows * stride_hidden, weight, bias_ptr, pid_v, V, H, stride_weight,
+        logit_scale, inv_softcap, inv_temperature,
+        HAS_BIAS, HAS_CAP, USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
+    )  # fmt: skip
+    tile_max = tile_maximum(parts)
+    reference = tl.load(reference_ptr + counted_n)
+    factor = tl.where(mask_n, tl.exp(tl.minimum(tile_max - reference, _LARGEST_EXPONENT)), 0.0)
+
+    # 3. Its sums, and the exponentials themselves, relative to the row's reference.
+    tile_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    label_logit = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for part in tl.static_range(len(parts)):
+        start_v = pid_v * BLOCK_V + part * (BLOCK_V // len(parts))
+        exps, part_sum, at_label = exponentials(parts[part], start_v, label, tile_max)
+        tile_sum += part_sum
+        label_logit += at_label
+        if HAS_CAP:
+            # Past V the slope is infinite and the exponential 0: that product is not stored.
+            exps *= cap_slope(parts[part], inv_softcap, inv_temperature)
+        value = exps * factor[:, None]
+        store_part(tile, value, pid_n * BLOCK_N, start_v, R, V, stride_tile, TMA_OUT)
+    offset = pid_v.to(tl.int64) * R + offs_n
+    tl.store(tile_max_ptr + offset, tile_max, mask=mask_n)
+    tl.store(tile_sum_ptr + offset, tile_sum, mask=mask_n)
+    holds_label = (label >= pid_v * BLOCK_V) & (label < (pid_v + 1) * BLOCK_V)
+    tl.store(label_logits_ptr + offs_n, label_logit, mask=mask_n & holds_label)
+
+
+class ScaledTile(NamedTuple):
+    """What `place_labels` makes softmax minus one-hot of."""
+
+    tile: Tensor  # (R, V), rows a multiple of 128 bytes apart
+    reference: Tensor  # (R,)
+    label_logits: Tensor  # (R,)
+
+
+def exp_tiles(hidden_states: Tensor, head: Head, rows: PackedRows, workspace: Tensor) -> tuple[Partials, ScaledTile]:
+    """(T, H), head (V, H), packed rows -> row statistics, and exponentials in the workspace (its elements, flat)."""
+    R, V = rows.row_index.numel(), head.weight.shape[0]
+    blocks = head_blocks(hidden_states.device, hidden_states.dtype)
+    num_tiles = triton.cdiv(V, blocks.BLOCK_V)
+    stride_tile = row_stride(V)
+    tile_max, tile_sum = hidden_states.new_empty((2, num_tiles, R), dtype=torch.float32)
+    kept = ScaledTile(
+        workspace[: R * stride_tile].view(R, stride_tile)[:, :V],
+        _reference_logits(hidden_states, head).index_select(0, rows.row_index),
+        hidden_states.new_empty((R,), dtype=torch.float32),
+    )
+    if R:
+        num_groups = triton.cdiv(R, blocks.BLOCK_N * GROUP_N)
+        _exp_tile_kernel[(GROUP_N * num_tiles, num_groups)](
+            row_index_ptr=rows.row_index,
+            labels_ptr=rows.labels,
+            num_rows_ptr=rows.num_rows,
+            reference_ptr=kept.reference,
+            tile_max_ptr=tile_max,
+            tile_sum_ptr=tile_sum,
+            label_logits_ptr=kept.label_logits,
+            GROUP_N=GROUP_N,
+            **out_arguments(kept.tile, blocks),
+            **tile_arguments(hidden_states, head, blocks),
+        )
+    return Partials(*fold_tiles(tile_max, tile_sum, blocks.tiles_per_split), kept.label_logits), kept
+
+
+def row_stride(vocab_size: int) -> int:
+    """Elements from one row of the tile to the next: a GEMM library is slow on rows that are not aligned."""
+    return -(-vocab_size // 64) * 64
+
+
+def _reference_logits(hidden_states: Tensor, head: Head) -> Tensor:
+    """(T, H) -> (T,) float32, the largest of the first logits, as good as the operands' dtype gives it."""
+    z = torch.mm(hidden_states, head.weight[:REFERENCE_COLUMNS].T).float()
+    if head.bias is not None:
+        z += head.bias[:REFERENCE_COLUMNS]
+    z *= head.logit_scale
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    return z.amax(1) / head.temperature
 
 
 class ExpTile(NamedTuple):
-    """One slice of the vocabulary, [start, stop)."""
+    """One slice of the vocabulary, [start, stop), of the twin: tile = exp(z - base)."""
 
     start: int
     stop: int
@@ -34,6 +188,22 @@ class ExpTile(NamedTuple):
     label_columns: Tensor  # (K,) its column there
     label_logits: Tensor  # (K,)
     label_slope: Tensor | float  # (K,) the cap's derivative at the label
+
+
+def exp_tiles_torch(
+    hidden_states: Tensor, head: Head, rows: PackedRows, workspace: Tensor
+) -> tuple[Partials, list[ExpTile]]:
+    """Twin: hidden_states are the packed rows (R, H); slices of the vocabulary side by side in the workspace."""
+    R, V = hidden_states.shape[0], head.weight.shape[0]
+    tiles = []
+    label_logits = hidden_states.new_empty((R,))
+    for start, stop in pairwise([*range(0, V, SPLIT_TORCH), V]):
+        out = workspace[R * start : R * stop].view(R, stop - start)
+        tiles.append(exp_tile_torch(hidden_states, head, rows.labels, start, stop, out))
+        label_logits[tiles[-1].held] = tiles[-1].label_logits
+    return Partials(
+        torch.stack([tile.base for tile in tiles]), torch.stack([tile.sums for tile in tiles]), label_logits
+    ), tiles
 
 
 def exp_tile_torch(hidden_states: Tensor, head: Head, labels: Tensor, start: int, stop: int, out: Tensor) -> ExpTile:
@@ -64,7 +234,7 @@ def exp_tile_torch(hidden_states: Tensor, head: Head, labels: Tensor, start: int
 
 def _exponentials(tile: Tensor) -> tuple[Tensor, Tensor]:
     """In place, exp(z - largest z); any column may be -inf, by a bias that masks entries."""
-    base = tile.amax(1).clamp_min_(LOWEST)
+    base = tile.amax(1).clamp_min_(-1e38)
     return base.double(), tile.sub_(base.unsqueeze(1)).exp_().sum(1).double()
 
 
@@ -74,24 +244,9 @@ def _softmax(tile: Tensor) -> tuple[Tensor, Tensor]:
     softmax is the one fused pass over a tile that torch has on a CPU, three times faster than max, subtract, exp and
     sum. A logit and its probability give the log-sum-exp back, in float64 without another rounding.
     """
-    reference, index = tile[:, :_REFERENCE_COLUMNS].max(1, keepdim=True)
+    reference, index = tile[:, :REFERENCE_COLUMNS].max(1, keepdim=True)
     torch.softmax(tile, 1, out=tile)
     probability = tile.gather(1, index)
     base = reference.double() - probability.double().log()
     base = base.masked_fill(~(probability > _LEAST_PROBABILITY), float("inf")).squeeze(1)
     return base, torch.ones_like(base)
-
-
-def place_labels_torch(tile: ExpTile, per_token_logps: Tensor, lse: Tensor) -> Tensor:
-    """Puts the label's column into the tile; (R,) packed logps and lse -> the rows' factors exp(base - lse), (R,).
-
-    factor * tile is then softmax minus onehot, expm1(logp) at the label. A slice that holds less than exp(-60) of a
-    row's mass is dropped from it, lest expm1(logp) / factor overflow.
-    """
-    difference = tile.base - lse.double()
-    negligible = difference < -60
-    tile.tile[negligible] = 0
-    factor = difference.masked_fill(negligible, 0.0).exp().to(tile.tile.dtype)
-    at_label = per_token_logps[tile.held].expm1() * tile.label_slope / factor[tile.held]
-    tile.tile[tile.held, tile.label_columns] = at_label
-    return factor

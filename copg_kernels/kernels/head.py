@@ -33,14 +33,20 @@ class Head(NamedTuple):
 
 
 @jit
-def head_product(
+def head_logits(
     hidden_ptr,  # (T, H)
     row_offsets,  # [BLOCK_N] int64, offsets of the tile's rows in hidden_ptr
     weight,  # (V, H): a tensor descriptor, or a pointer
+    bias_ptr,  # (V,)
     tile,  # vocabulary tile index
     V,
     H,
     stride_weight,
+    logit_scale,
+    inv_softcap,
+    inv_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     USE_TMA: tl.constexpr,
     EVEN_H: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -48,9 +54,9 @@ def head_product(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """x W^T of one tile, as two [BLOCK_N, BLOCK_V / 2] float32 halves; columns past V hold no logits.
+    """z of one tile, as four [BLOCK_N, BLOCK_V / 4] float32 parts side by side; -inf past V.
 
-    In halves, because an epilogue over 128 accumulator registers per thread would spill.
+    In parts, because an epilogue over 128 accumulator registers per thread would spill.
     """
     # Clamped instead of masked: the loads stay plain asynchronous copies, and the caller masks columns once.
     offs_w = tl.minimum(tile * BLOCK_V + tl.arange(0, BLOCK_V), V - 1).to(tl.int64) * stride_weight
@@ -70,16 +76,27 @@ def head_product(
         else:
             w = tl.load(weight + offs_w[:, None] + columns, mask=columns < H, other=0.0)
         acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
+    # A bias is added to a wide accumulator as a whole and to others in parts: as it comes out without spills.
+    BIAS_ON_ACC: tl.constexpr = HAS_BIAS and BLOCK_N * BLOCK_V > 128 * 128
+    BIAS_ON_PART: tl.constexpr = HAS_BIAS and not BIAS_ON_ACC
+    if BIAS_ON_ACC:
+        offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        acc += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
     left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, BLOCK_V // 2)), (0, 2, 1)))
     part0, part1 = tl.split(tl.permute(tl.reshape(left, (BLOCK_N, 2, BLOCK_V // 4)), (0, 2, 1)))
     part2, part3 = tl.split(tl.permute(tl.reshape(right, (BLOCK_N, 2, BLOCK_V // 4)), (0, 2, 1)))
-    return part0, part1, part2, part3
+    start, step = tile * BLOCK_V, BLOCK_V // 4
+    z0 = _finish(part0, bias_ptr, start, V, logit_scale, inv_softcap, inv_temperature, BIAS_ON_PART, HAS_CAP)
+    z1 = _finish(part1, bias_ptr, start + step, V, logit_scale, inv_softcap, inv_temperature, BIAS_ON_PART, HAS_CAP)
+    z2 = _finish(part2, bias_ptr, start + 2 * step, V, logit_scale, inv_softcap, inv_temperature, BIAS_ON_PART, HAS_CAP)
+    z3 = _finish(part3, bias_ptr, start + 3 * step, V, logit_scale, inv_softcap, inv_temperature, BIAS_ON_PART, HAS_CAP)
+    return z0, z1, z2, z3
 
 
 @jit
-def finish_logits(
+def _finish(
     product,  # [BLOCK_N, BLOCK_C] float32
-    bias_ptr,  # (V,)
+    bias_ptr,
     start_v,  # vocabulary entry of its first column
     V,
     logit_scale,
@@ -91,8 +108,7 @@ def finish_logits(
     """Product -> z; -inf past V."""
     offs_c = tl.arange(0, product.shape[1])
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + start_v + offs_c, mask=offs_c < V - start_v, other=0.0)
-        product += bias.to(tl.float32)[None, :]
+        product += tl.load(bias_ptr + start_v + offs_c, mask=offs_c < V - start_v, other=0.0).to(tl.float32)[None, :]
     if HAS_CAP:
         # tanh(u) = 1 - 2 / (exp(2u) + 1): exp(2u) = inf gives 1, and 0 gives -1.
         tanh = 1.0 - 2.0 / (tl.exp(product * (2.0 * logit_scale * inv_softcap)) + 1.0)
@@ -109,8 +125,30 @@ def cap_slope(z, inv_softcap, inv_temperature):
     return (1.0 - tanh) * (1.0 + tanh)
 
 
+@jit
+def store_part(
+    tile,  # (R, width): a tensor descriptor, or a pointer
+    value,  # [BLOCK_N, BLOCK_C] float32, rounded as it is stored
+    start_n,
+    start_c,
+    R,
+    width,
+    stride_tile,
+    TMA_OUT: tl.constexpr,
+):
+    """value -> tile[start_n:, start_c:], within its bounds."""
+    if TMA_OUT:
+        tile.store([start_n, start_c], value)
+    else:
+        offs_n, offs_c = tl.arange(0, value.shape[0]), start_c + tl.arange(0, value.shape[1])
+        mask = (start_n + offs_n < R)[:, None] & (offs_c < width)[None, :]
+        # 64 bits to the block of rows, 32 within it: 64-bit addresses of every element would spill.
+        block = tile + tl.cast(start_n, tl.int64) * stride_tile
+        tl.store(block + (offs_n[:, None] * stride_tile + offs_c[None, :]), value, mask=mask)
+
+
 def tile_arguments(hidden_states: Tensor, head: Head, blocks: Blocks) -> dict:
-    """Keyword arguments of a kernel around `head_product` that follow from the operands."""
+    """Keyword arguments of a kernel around `head_logits` that follow from the operands."""
     V, H = head.weight.shape
     use_tma = blocks.use_tma and _fits_tma(head.weight)
     weight = head.weight
@@ -135,18 +173,35 @@ def tile_arguments(hidden_states: Tensor, head: Head, blocks: Blocks) -> dict:
         BLOCK_N=blocks.BLOCK_N,
         BLOCK_V=blocks.BLOCK_V,
         BLOCK_H=blocks.BLOCK_H,
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
+        **compile_options(blocks),
     )
 
 
-def _fits_tma(weight: Tensor) -> bool:
+def compile_options(blocks: Blocks) -> dict:
+    """The same for every kernel around `head_logits`: no fused multiply-add at the compiler's choice, which would make
+    the bits of a logit depend on the kernel."""
+    options = dict(num_warps=blocks.num_warps, num_stages=blocks.num_stages, enable_fp_fusion=False)
+    return options if blocks.max_registers is None else options | dict(maxnreg=blocks.max_registers)
+
+
+def out_arguments(tile: Tensor, blocks: Blocks) -> dict:
+    """Keyword arguments of a kernel that writes `tile` by `store_part`."""
+    use_tma = blocks.use_tma and _fits_tma(tile)
+    return dict(
+        tile=TensorDescriptor.from_tensor(tile, [blocks.BLOCK_N, blocks.BLOCK_V // 4]) if use_tma else tile,
+        R=tile.shape[0],
+        stride_tile=tile.stride(0),
+        TMA_OUT=use_tma,
+    )
+
+
+def _fits_tma(matrix: Tensor) -> bool:
     """A tensor descriptor needs a base and a row stride in multiples of 16 bytes."""
-    return weight.data_ptr() % 16 == 0 and weight.stride(0) * weight.element_size() % 16 == 0
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
 
 
 def logits_tile_torch(hidden_states: Tensor, head: Head, start: int, stop: int, out: Tensor) -> Tensor | None:
-    """Twin of `head_product` and `finish_logits`: z[:, start:stop] into out; returns the cap's derivative, if any."""
+    """Twin of `head_logits`: z[:, start:stop] into out; returns the cap's derivative, if any."""
     weight = head.weight[start:stop].to(out.dtype)
     if head.bias is None:
         torch.mm(hidden_states, weight.T, out=out)

@@ -13,30 +13,22 @@ relative precision where z_label - lse has none. Every output is written once: n
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from copg_kernels.kernels.blocks import head_blocks
-from copg_kernels.kernels.exp_tile import LOWEST, exp_tile_torch
-from copg_kernels.kernels.head import Head, finish_logits, head_product, tile_arguments
+from copg_kernels.kernels.blocks import GROUP_N, SPLIT_TORCH, head_blocks
+from copg_kernels.kernels.exp_tile import exp_tile_torch
+from copg_kernels.kernels.head import Head, head_logits, tile_arguments
 from copg_kernels.kernels.language import jit, tl, triton
 from copg_kernels.kernels.pack_rows import PackedRows
-
-# Row blocks that share a slice of the head's weight while it is in L2: 8 x 256 rows of 4,096 bf16 are 16 MiB.
-GROUP_N = 8
-# Vocabulary entries per split of the torch twin; fixed, so that log-probs do not depend on the workspace. On two CPU
-# cores 4,096 took 1.15 GEMMs for the log-probs of 2,048 tokens where 8,192 took 1.18: the tile stays in the L3 cache.
-SPLIT_TORCH = 4096
-
-
-class Partials(NamedTuple):
-    """Row statistics per split of the vocabulary, rows in packed order; float32 (max and sum of the twin: float64)."""
-
-    max: Tensor  # (S, R)
-    sum: Tensor  # (S, R)
-    label_logits: Tensor  # (R,)
+from copg_kernels.kernels.row_statistics import (
+    LOWEST,
+    Partials,
+    exponentials,
+    merge_statistics,
+    tile_maximum,
+)
 
 
 @jit
@@ -58,7 +50,6 @@ def _linear_logps_fwd_kernel(
     logit_scale,
     inv_softcap,
     inv_temperature,
-    LOWEST: tl.constexpr,
     GROUP_N: tl.constexpr,
     TILES_PER_SPLIT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -89,31 +80,19 @@ def _linear_logps_fwd_kernel(
     last_tile = tl.minimum(first_tile + TILES_PER_SPLIT, tl.cdiv(V, BLOCK_V))
     # Hoisting the epilogue's column indices out of the loop would cost the registers that the accumulator needs.
     for tile in tl.range(first_tile, last_tile, disable_licm=True):
-        parts = head_product(
-            hidden_ptr, rows * stride_hidden, weight, tile, V, H, stride_weight,
-            USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
+        parts = head_logits(
+            hidden_ptr, rows * stride_hidden, weight, bias_ptr, tile, V, H, stride_weight,
+            logit_scale, inv_softcap, inv_temperature,
+            HAS_BIAS, HAS_CAP, USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
         )  # fmt: skip
-        top = tl.full((BLOCK_N, BLOCK_V // len(parts)), LOWEST, dtype=tl.float32)
+        tile_max = tile_maximum(parts)
+        tile_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
         for part in tl.static_range(len(parts)):
-            z = finish_logits(
-                parts[part], bias_ptr, tile * BLOCK_V + part * top.shape[1], V,
-                logit_scale, inv_softcap, inv_temperature, HAS_BIAS, HAS_CAP,
-            )  # fmt: skip
-            top = tl.maximum(top, z)
-        new_max = tl.maximum(running_max, tl.max(top, 1))
-        exps = tl.zeros_like(top)
-        label_logits = tl.zeros_like(top)
-        for part in tl.static_range(len(parts)):
-            start_v = tile * BLOCK_V + part * top.shape[1]
-            z = finish_logits(
-                parts[part], bias_ptr, start_v, V, logit_scale, inv_softcap, inv_temperature, HAS_BIAS, HAS_CAP
-            )
-            is_label = tl.arange(0, top.shape[1])[None, :] == (label - start_v)[:, None]
-            exps += tl.where(is_label, 0.0, tl.exp(z - new_max[:, None]))
-            label_logits += tl.where(is_label, z, 0.0)
-        running_sum = running_sum * tl.exp(running_max - new_max) + tl.sum(exps, 1)
-        label_logit += tl.sum(label_logits, 1)
-        running_max = new_max
+            start_v = tile * BLOCK_V + part * (BLOCK_V // len(parts))
+            _, part_sum, at_label = exponentials(parts[part], start_v, label, tile_max)
+            tile_sum += part_sum
+            label_logit += at_label
+        running_max, running_sum = merge_statistics(running_max, running_sum, tile_max, tile_sum)
 
     # 3. One write per row and split; the label's logit by the split that holds it.
     offset = split.to(tl.int64) * R + offs_n
@@ -147,7 +126,6 @@ def linear_logps_fwd(hidden_states: Tensor, head: Head, rows: PackedRows, worksp
         partial_sum_ptr=partials.sum,
         label_logits_ptr=partials.label_logits,
         R=R,
-        LOWEST=LOWEST,
         GROUP_N=GROUP_N,
         TILES_PER_SPLIT=blocks.tiles_per_split,
         **tile_arguments(hidden_states, head, blocks),

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from copg_kernels.kernels.language import jit, tl, triton
-from copg_kernels.kernels.linear_logps_fwd import Partials
 from copg_kernels.kernels.pack_rows import PackedRows
+from copg_kernels.kernels.row_statistics import Partials
 
 BLOCK_T = 128
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from copg_kernels.kernels.language import jit, tl, triton
+from copg_kernels.kernels.pack_rows import PackedRows
 
 BLOCK_H = 1024
 
@@ -46,3 +47,14 @@ def scale_rows_torch(source: Tensor, index: Tensor, scale: Tensor, dtype: torch.
     kept = scale.nonzero().squeeze(1)
     out = source.new_zeros((index.numel(), source.shape[1]), dtype=dtype)
     return out.index_copy_(0, kept, (source[index[kept]] * scale[kept].unsqueeze(1)).to(dtype))
+
+
+def scale_counted(hidden_states: Tensor, rows: PackedRows, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """(T, H), (R,) scale of the packed rows -> (R, H)."""
+    return scale_rows(hidden_states, rows.row_index, scale, dtype)
+
+
+def scale_counted_torch(hidden_states: Tensor, rows: PackedRows, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Twin: hidden_states are the packed rows already, in `dtype`."""
+    assert hidden_states.dtype == dtype
+    return hidden_states * scale.unsqueeze(1)

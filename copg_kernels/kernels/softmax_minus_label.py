@@ -13,17 +13,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from copg_kernels.kernels.blocks import head_blocks
+from copg_kernels.kernels.blocks import GROUP_N, head_blocks
 from copg_kernels.kernels.head import (
     Head,
     cap_slope,
-    finish_logits,
-    head_product,
+    head_logits,
     logits_tile_torch,
+    out_arguments,
+    store_part,
     tile_arguments,
 )
 from copg_kernels.kernels.language import jit, tl, triton
-from copg_kernels.kernels.linear_logps_fwd import GROUP_N
 from copg_kernels.kernels.pack_rows import PackedRows
 
 # float16 flushes probabilities under 6e-8 to zero; the tile's entries are at most 1, so they can be stored larger.
@@ -40,13 +40,15 @@ def _softmax_minus_label_kernel(
     num_rows_ptr,  # (1,) int64
     per_token_logps_ptr,  # (T,) float32
     lse_ptr,  # (2, T) float32
-    tile_ptr,  # (R, tile_width), out
+    only_ptr,  # (row blocks,) int32: which blocks to compute, or None for all
+    tile,  # (R, tile_width), pointer or tensor descriptor, out
     T,
     R,
     V,
     H,
     stride_hidden,
     stride_weight,
+    stride_tile,
     logit_scale,
     inv_softcap,
     inv_temperature,
@@ -56,6 +58,7 @@ def _softmax_minus_label_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     USE_TMA: tl.constexpr,
+    TMA_OUT: tl.constexpr,
     EVEN_H: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -65,18 +68,22 @@ def _softmax_minus_label_kernel(
 ):
     # 1. GROUP_N row blocks share each slice of the weight while it is in L2.
     pid_n = tl.program_id(1) * GROUP_N + tl.program_id(0) % GROUP_N
-    tile = tl.program_id(0) // GROUP_N
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_out = offs_n.to(tl.int64) * tile_width
+    pid_v = tl.program_id(0) // GROUP_N
+    if pid_n * BLOCK_N >= R:
+        return
+    if only_ptr is not None:
+        if tl.load(only_ptr + pid_n) == 0:
+            return
 
     # 2. The GEMMs that read the tile run over all R rows, so ignored ones must be 0.
     num_rows = tl.load(num_rows_ptr)
     if pid_n * BLOCK_N >= num_rows:
-        offs_c = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        zeros = tl.zeros((BLOCK_N, BLOCK_V), dtype=tile_ptr.dtype.element_ty)
-        mask = (offs_n < R)[:, None] & (offs_c < tile_width)[None, :]
-        tl.store(tile_ptr + offs_out[:, None] + offs_c[None, :], zeros, mask=mask)
+        zeros = tl.zeros((BLOCK_N, BLOCK_V // 4), dtype=tl.float32)
+        for part in tl.static_range(4):
+            start_c = pid_v * BLOCK_V + part * (BLOCK_V // 4)
+            store_part(tile, zeros, pid_n * BLOCK_N, start_c, R, tile_width, stride_tile, TMA_OUT)
         return
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_rows
     rows = tl.load(row_index_ptr + offs_n, mask=mask_n, other=0)
     label = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1).to(tl.int32)
@@ -84,29 +91,27 @@ def _softmax_minus_label_kernel(
     # 3. The forward's logits again, then the probabilities; the label's column is expm1(logp).
     lse = tl.load(lse_ptr + rows, mask=mask_n, other=0.0)
     residual = tl.load(lse_ptr + tl.cast(T, tl.int64) + rows, mask=mask_n, other=0.0)
-    label_value = tl.exp(residual) * _expm1(tl.load(per_token_logps_ptr + rows, mask=mask_n, other=0.0))
-    parts = head_product(
-        hidden_ptr, rows * stride_hidden, weight, first_tile + tile, V, H, stride_weight,
-        USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
+    label_value = tl.exp(residual) * expm1(tl.load(per_token_logps_ptr + rows, mask=mask_n, other=0.0))
+    parts = head_logits(
+        hidden_ptr, rows * stride_hidden, weight, bias_ptr, first_tile + pid_v, V, H, stride_weight,
+        logit_scale, inv_softcap, inv_temperature,
+        HAS_BIAS, HAS_CAP, USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
     )  # fmt: skip
     for part in tl.static_range(len(parts)):
+        z = parts[part]
         offs_c = tl.arange(0, BLOCK_V // len(parts))
-        start_c = tile * BLOCK_V + part * (BLOCK_V // len(parts))
+        start_c = pid_v * BLOCK_V + part * (BLOCK_V // len(parts))
         start_v = first_tile * BLOCK_V + start_c
-        z = finish_logits(
-            parts[part], bias_ptr, start_v, V, logit_scale, inv_softcap, inv_temperature, HAS_BIAS, HAS_CAP
-        )
         is_label = offs_c[None, :] == (label - start_v)[:, None]
         value = tl.where(is_label, label_value[:, None], tl.exp(z - lse[:, None])) * tile_scale
         if HAS_CAP:
             value *= cap_slope(z, inv_softcap, inv_temperature)
-        value = tl.where(mask_n[:, None], value, 0.0).to(tile_ptr.dtype.element_ty)
-        mask = (offs_n < R)[:, None] & (offs_c < tile_width - start_c)[None, :]
-        tl.store(tile_ptr + (offs_out + start_c)[:, None] + offs_c[None, :], value, mask=mask)
+        value = tl.where(mask_n[:, None], value, 0.0)
+        store_part(tile, value, pid_n * BLOCK_N, start_c, R, tile_width, stride_tile, TMA_OUT)
 
 
 @jit
-def _expm1(x):
+def expm1(x):
     """exp(x) - 1 for x <= 0: log(exp(x)) in the quotient undoes the rounding of exp(x) near x = 0."""
     p = tl.exp(x)
     near_zero = (p >= 0.5) & (p < 1.0)
@@ -122,11 +127,15 @@ def softmax_minus_label(
     lse: Tensor,
     start: int,
     out: Tensor,
+    only: Tensor | None = None,
 ) -> Tensor:
-    """(T, H), head (V, H), packed rows, (T,), (2, T) -> out (R, width), TILE_SCALE * tile[:, start:start + width]."""
+    """(T, H), head (V, H), packed rows, (T,), (2, T) -> out (R, width), TILE_SCALE * tile[:, start:start + width].
+
+    `only` (row blocks,) int32, where given, leaves the blocks of BLOCK_N rows alone that it has 0 for.
+    """
     blocks = head_blocks(hidden_states.device, hidden_states.dtype)
     R, width = out.shape
-    assert start % blocks.BLOCK_V == 0 and out.is_contiguous()
+    assert start % blocks.BLOCK_V == 0 and out.stride(1) == 1
     num_tiles, num_groups = triton.cdiv(width, blocks.BLOCK_V), triton.cdiv(R, blocks.BLOCK_N * GROUP_N)
     _softmax_minus_label_kernel[(GROUP_N * num_tiles, num_groups)](
         row_index_ptr=rows.row_index,
@@ -134,13 +143,13 @@ def softmax_minus_label(
         num_rows_ptr=rows.num_rows,
         per_token_logps_ptr=per_token_logps,
         lse_ptr=lse,
-        tile_ptr=out,
+        only_ptr=only,
         T=per_token_logps.numel(),
-        R=R,
         tile_scale=TILE_SCALE.get(out.dtype, 1.0),
         first_tile=start // blocks.BLOCK_V,
         tile_width=width,
         GROUP_N=GROUP_N,
+        **out_arguments(out, blocks),
         **tile_arguments(hidden_states, head, blocks),
     )
     return out

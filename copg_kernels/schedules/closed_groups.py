@@ -3,32 +3,44 @@
 A token's coefficient depends on every completion of its group, and on nothing else. So tokens go through in chunks of
 whole groups, and a chunk's tiles stay until its coefficients are known:
 
-    tiles  = exp(logits of the chunk)             the whole vocabulary, in the workspace
-    c      = coefficients of the chunk's tokens   from the tiles' row sums, by the contrast
+    tile   = exp(logits of the chunk)             the whole vocabulary, in the workspace
+    c      = coefficients of the chunk's tokens   from the tile's row sums, by the contrast
     dX     = c * (softmax - onehot) W             scaled by c afterwards
-    dW    += (softmax - onehot)^T (c * X)
+    dW    += (softmax - onehot)^T (c * X)         in float32 over several chunks; of a single one, written once
 
-Nothing is recomputed. The softmax is the tile times a factor per row, which goes where c goes. Torch backend only: on a
-GPU the recompute schedule serves until kernels that keep their tile have been timed there.
+Nothing is recomputed. The softmax is the tile times a factor per row, which goes where c goes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from copg_kernels.kernels.contrast import Completions, Contrast, contrast_fwd_torch
-from copg_kernels.kernels.exp_tile import ExpTile, exp_tile_torch, place_labels_torch
+from copg_kernels.kernels.contrast import Completions, Contrast
 from copg_kernels.kernels.head import Head
-from copg_kernels.kernels.linear_logps_fwd import SPLIT_TORCH, Partials
 from copg_kernels.kernels.pack_rows import PackedRows
-from copg_kernels.schedules import forward, recompute
+from copg_kernels.kernels.row_statistics import Partials
+from copg_kernels.schedules import forward, frozen_head, recompute
+from copg_kernels.schedules.kept_tiles import (
+    add_weight_product_,
+    bias_product,
+    hidden_product,
+    write_weight_product,
+)
 from copg_kernels.schedules.recompute import Gradients, Needs
-from copg_kernels.schedules.tile_ops import accumulation_dtype, counted_rows
+from copg_kernels.schedules.tile_ops import (
+    accumulation_dtype,
+    can_keep_tiles,
+    counted_rows,
+    kept_dtype,
+    operand_dtype,
+    tile_ops,
+)
+from copg_kernels.schedules.workspace import kept_bytes_per_token, kept_elements
 
 
 class Batch(NamedTuple):
@@ -68,46 +80,51 @@ def plan_chunks(
 
 
 def copg(batch: Batch, needs: Needs, *, workspace_bytes: int, backend: str) -> tuple[Contrast, Gradients, int]:
-    """Contrast, gradients, and the units of GEMM work that they take in all.
+    """Contrast, gradients in `kept_dtype` (empty where not needed), and the units of GEMM work that they take in all.
 
-    Gradients stay empty where none is needed and on a GPU, whose backward pass recomputes. Where a group's logits
-    exceed the workspace they are recomputed at once.
+    A group whose logits exceed the workspace takes the whole batch another way: with a frozen head the derivatives of
+    the log-probs wait for their coefficients, with a trainable one the logits are computed again.
     """
-    num_gradients = needs.hidden_states + needs.weight
-    in_forward = backend == "torch" and any(needs)
-    chunks = chunks_of(batch, workspace_bytes) if in_forward else None
+    options: dict[str, Any] = dict(workspace_bytes=workspace_bytes, backend=backend)
+    if not any(needs):
+        contrast = forward.copg(*batch, **options)
+        return contrast, _empty_gradients(batch, needs), 1
+    units = 1 + needs.hidden_states + needs.weight
+    chunks = chunks_of(batch, needs, **options)
     if chunks is not None:
-        return *in_chunks(batch, chunks, needs, contrast_fwd_torch), 1 + num_gradients
-
-    hidden_states, head, labels, completions, ignore_index = batch
-    options: dict[str, Any] = dict(ignore_index=ignore_index, workspace_bytes=workspace_bytes, backend=backend)
-    contrast = forward.copg(hidden_states, head, labels, completions, **options)
-    accumulation = accumulation_dtype(hidden_states.dtype)
-    gradients = Gradients(*(hidden_states.new_empty(0, dtype=accumulation) for _ in needs))
-    if in_forward:
-        recomputed = recompute.token_logps_bwd(
-            of_tokens(contrast.coefficients, batch),
-            hidden_states,
-            head,
-            labels,
-            contrast.per_token_logps,
-            contrast.lse,
-            needs,
-            **options,
-        )
-        gradients = Gradients(*(gradient.to(accumulation) for gradient in recomputed))
-    return contrast, gradients, 2 + num_gradients if any(needs) else 1
+        return *in_chunks(batch, chunks, needs, tile_ops(backend).contrast_fwd, backend), units
+    if not (needs.weight or needs.bias) and can_keep_tiles(batch.hidden_states.dtype, backend):
+        contrast, u = frozen_head.copg(*batch, **options)
+        gradients = _empty_gradients(batch, needs)
+        return contrast, gradients._replace(hidden_states=scaled_slopes(u, contrast, batch)), units
+    contrast = forward.copg(*batch, **options)
+    return contrast, recomputed(batch, contrast, needs, **options), 1 + units
 
 
-def chunks_of(batch: Batch, workspace_bytes: int) -> list[Chunk] | None:
-    """The plan for this batch."""
-    completions, itemsize = batch.completions, accumulation_dtype(batch.hidden_states.dtype).itemsize
-    return plan_chunks(
-        completions.cu_seqlens.tolist(),
-        completions.cu_groups.tolist(),
-        batch.head.weight.shape[0] * itemsize,
-        workspace_bytes,
-    )
+def chunks_of(batch: Batch, needs: Needs, *, workspace_bytes: int, backend: str) -> list[Chunk] | None:
+    """The plan for this batch; None where no tile can be kept.
+
+    On a GPU it reads the boundaries, and so waits for the device, only if they are not all equal and the batch does not
+    fit as a whole: as it also does where its tile takes no more than the workspace and the float32 dW that chunks of
+    16-bit operands would need.
+    """
+    completions, dtype, weight = batch.completions, batch.hidden_states.dtype, batch.head.weight
+    if not can_keep_tiles(dtype, backend):
+        return None
+    num_tokens, num_completions = batch.labels.numel(), completions.rewards.numel()
+    bytes_per_token = kept_bytes_per_token(weight.shape[0], dtype, weight.device, backend)
+    spared = weight.numel() * 4 if needs.weight and kept_dtype(dtype).itemsize < 4 and backend == "triton" else 0
+    if num_tokens * bytes_per_token <= workspace_bytes + spared:
+        return [Chunk(slice(0, completions.cu_groups.numel() - 1), slice(0, num_completions), slice(0, num_tokens))]
+    if completions.equal_sizes is not None:
+        length, group_size = completions.equal_sizes
+        cu_seqlens = [*range(0, num_tokens + 1, length)]
+        cu_groups = [*range(0, num_completions + 1, group_size)]
+    elif weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    else:
+        cu_seqlens, cu_groups = completions.cu_seqlens.tolist(), completions.cu_groups.tolist()
+    return plan_chunks(cu_seqlens, cu_groups, bytes_per_token, workspace_bytes)
 
 
 def in_chunks(
@@ -115,28 +132,49 @@ def in_chunks(
     chunks: list[Chunk],
     needs: Needs,
     contrast: Callable[[Partials, PackedRows, Completions], Contrast],
+    backend: str,
 ) -> tuple[Contrast, Gradients]:
-    """Outputs of the contrast and gradients of its loss, in the accumulation dtype, a chunk at a time."""
-    hidden_states, weight = batch.hidden_states, batch.head.weight
-    accumulation = accumulation_dtype(hidden_states.dtype)
-    gradients = Gradients(
-        hidden_states.new_empty(hidden_states.shape if needs.hidden_states else (0,), dtype=accumulation),
-        hidden_states.new_zeros(weight.shape if needs.weight else (0,), dtype=accumulation),
-        hidden_states.new_zeros(weight.shape[:1] if needs.bias else (0,), dtype=accumulation),
-    )
+    """Outputs of the contrast and gradients of its loss, in `kept_dtype`, a chunk at a time."""
+    hidden_states, head, ops = batch.hidden_states, batch.head, tile_ops(backend)
+    gradients = _empty_gradients(batch, needs, one_chunk=len(chunks) == 1)
     most_tokens = max(chunk.tokens.stop - chunk.tokens.start for chunk in chunks)
-    workspace = hidden_states.new_empty((most_tokens * weight.shape[0],), dtype=accumulation)
+    workspace = hidden_states.new_empty(
+        (kept_elements(most_tokens, head.weight.shape[0], backend),), dtype=operand_dtype(hidden_states.dtype, backend)
+    )
     contrasts = []
-    for chunk in chunks:
+    for index, chunk in enumerate(chunks):
         part = _batch_of(chunk, batch)
-        packed, rows = counted_rows(part.hidden_states, part.labels, part.ignore_index, "torch")
-        tiles = list(tiles_of(packed, part.head, rows, workspace))
-        contrasts.append(contrast(partials_of(tiles, packed), rows, part.completions))
-        dhidden = _add_gradients(part, packed, rows, tiles, contrasts[-1], needs, gradients)
+        packed, rows = counted_rows(part.hidden_states, part.labels, part.ignore_index, backend)
+        partials, tiles = ops.exp_tiles(packed, head, rows, workspace)
+        contrasts.append(contrast(partials, rows, part.completions))
+        _, _, _, _, coefficients, per_token_logps, lse = contrasts[-1]
+        slices = ops.place_labels(tiles, packed, head, rows, per_token_logps, lse)
+        scale = of_tokens(coefficients, part).index_select(0, rows.row_index) * -head.slope
         if needs.hidden_states:
-            gradients.hidden_states[chunk.tokens] = 0
-            gradients.hidden_states[chunk.tokens].index_copy_(0, rows.row_index, dhidden)
-    return _joined(contrasts), gradients
+            dhidden = hidden_product(slices, head, scale, backend)
+            counted = (part.labels != part.ignore_index).to(scale.dtype)
+            out = gradients.hidden_states[chunk.tokens]
+            out.copy_(ops.scale_rows(dhidden, rows.position, counted, out.dtype))
+        if needs.weight:
+            write = write_weight_product if index == 0 else add_weight_product_
+            write(slices, packed, rows, scale, gradients.weight, backend)
+        if needs.bias:
+            bias = bias_product(slices, scale)
+            gradients.bias.copy_(bias if index == 0 else gradients.bias + bias)
+    kept = kept_dtype(hidden_states.dtype)
+    return _joined(contrasts), Gradients(*(gradient.to(kept) for gradient in gradients))
+
+
+def _empty_gradients(batch: Batch, needs: Needs, *, one_chunk: bool = True) -> Gradients:
+    """Where gradients go; that of the head over several chunks in the accumulation dtype."""
+    hidden_states, weight = batch.hidden_states, batch.head.weight
+    kept = kept_dtype(hidden_states.dtype)
+    summed = kept if one_chunk else accumulation_dtype(hidden_states.dtype)
+    return Gradients(
+        hidden_states.new_empty(hidden_states.shape if needs.hidden_states else (0,), dtype=kept),
+        hidden_states.new_empty(weight.shape if needs.weight else (0,), dtype=summed),
+        hidden_states.new_empty(weight.shape[:1] if needs.bias else (0,), dtype=accumulation_dtype(summed)),
+    )
 
 
 def _batch_of(chunk: Chunk, batch: Batch) -> Batch:
@@ -159,47 +197,26 @@ def of_tokens(coefficients: Tensor, batch: Batch) -> Tensor:
     return torch.repeat_interleave(coefficients, lengths, output_size=batch.labels.numel())
 
 
-def _add_gradients(
-    batch: Batch,
-    packed: Tensor,
-    rows: PackedRows,
-    tiles: list[ExpTile],
-    contrast: Contrast,
-    needs: Needs,
-    gradients: Gradients,
-) -> Tensor:
-    """dX of a chunk's counted rows; its share of dW and dbias is added to the gradients."""
-    coefficient = of_tokens(contrast.coefficients, batch)[rows.row_index] * -batch.head.slope
-    logps = contrast.per_token_logps[rows.row_index]
-    lse = contrast.lse.double().sum(0)[rows.row_index]
-    dhidden = torch.zeros_like(packed)
-    for tile in tiles:
-        scale = place_labels_torch(tile, logps, lse) * coefficient
-        if needs.hidden_states:
-            weight = batch.head.weight[tile.start : tile.stop].to(packed.dtype)
-            dhidden.add_((tile.tile @ weight).mul_(scale.unsqueeze(1)))
-        if needs.weight:
-            gradients.weight[tile.start : tile.stop].addmm_(tile.tile.T, packed * scale.unsqueeze(1))
-        if needs.bias:
-            gradients.bias[tile.start : tile.stop].addmv_(tile.tile.T, scale)
-    return dhidden
+def scaled_slopes(u: Tensor, contrast: Contrast, batch: Batch) -> Tensor:
+    """(T, H) derivatives of the log-probs -> gradient of the hidden states."""
+    return (u * of_tokens(contrast.coefficients, batch).unsqueeze(1)).to(kept_dtype(u.dtype))
 
 
-def tiles_of(packed: Tensor, head: Head, rows: PackedRows, workspace: Tensor) -> Iterator[ExpTile]:
-    """The slices of the vocabulary side by side in the workspace, each one contiguous."""
-    R, V = packed.shape[0], head.weight.shape[0]
-    for start, stop in pairwise([*range(0, V, SPLIT_TORCH), V]):
-        out = workspace[R * start : R * stop].view(R, stop - start)
-        yield exp_tile_torch(packed, head, rows.labels, start, stop, out)
-
-
-def partials_of(tiles: list[ExpTile], packed: Tensor) -> Partials:
-    label_logits = packed.new_empty(packed.shape[:1])
-    for tile in tiles:
-        label_logits[tile.held] = tile.label_logits
-    return Partials(
-        torch.stack([tile.base for tile in tiles]), torch.stack([tile.sums for tile in tiles]), label_logits
+def recomputed(batch: Batch, contrast: Contrast, needs: Needs, *, workspace_bytes: int, backend: str) -> Gradients:
+    """Gradients from logits that are computed again; of a contrast with the coefficients that count."""
+    gradients = recompute.token_logps_bwd(
+        of_tokens(contrast.coefficients, batch),
+        batch.hidden_states,
+        batch.head,
+        batch.labels,
+        contrast.per_token_logps,
+        contrast.lse,
+        needs,
+        ignore_index=batch.ignore_index,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
     )
+    return Gradients(*(gradient.to(kept_dtype(gradient.dtype)) for gradient in gradients))
 
 
 def _joined(contrasts: list[Contrast]) -> Contrast:

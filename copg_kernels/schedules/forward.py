@@ -30,8 +30,8 @@ def copg(
     head: Head,
     labels: Tensor,
     completions: Completions,
-    *,
     ignore_index: int,
+    *,
     workspace_bytes: int,
     backend: str,
 ) -> Contrast:

@@ -3,43 +3,100 @@
     u[t] = dlogp[t] / dhidden_states[t] = -slope * sum_v (softmax - onehot)[t, v] weight[v]
 
 A token's upstream gradient is then a factor of its row, so the backward pass has no GEMM left, whatever it is. Tokens
-go through in chunks whose logits fit the workspace. Torch backend only, like closed groups.
+go through in chunks whose logits fit the workspace; a group may lie in many.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from copg_kernels.kernels.exp_tile import place_labels_torch
+from copg_kernels.kernels.contrast import Completions, Contrast
 from copg_kernels.kernels.head import Head
-from copg_kernels.kernels.merge_splits import merge_splits_fwd_torch
-from copg_kernels.schedules.closed_groups import partials_of, tiles_of
-from copg_kernels.schedules.tile_ops import accumulation_dtype, counted_rows
+from copg_kernels.kernels.pack_rows import PackedRows
+from copg_kernels.kernels.row_statistics import Partials
+from copg_kernels.schedules.kept_tiles import hidden_product
+from copg_kernels.schedules.tile_ops import accumulation_dtype, counted_rows, operand_dtype, tile_ops
+from copg_kernels.schedules.workspace import kept_bytes_per_token, kept_elements
+
+
+class _Chunk(NamedTuple):
+    """Consecutive tokens."""
+
+    tokens: slice
+    partials: Partials
+    rows: PackedRows
+    per_token_logps: Tensor
+    lse: Tensor
+    u: Tensor
 
 
 def token_logps_and_slopes(
-    hidden_states: Tensor, head: Head, labels: Tensor, *, ignore_index: int, workspace_bytes: int
+    hidden_states: Tensor, head: Head, labels: Tensor, *, ignore_index: int, workspace_bytes: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(T, H), (T,) -> per_token_logps (T,), lse (2, T), u (T, H) in the accumulation dtype; 0 where ignored."""
-    dtype = accumulation_dtype(hidden_states.dtype)
-    num_tokens, V = labels.numel(), head.weight.shape[0]
-    max_tokens = max(1, min(num_tokens, workspace_bytes // (V * dtype.itemsize)))
-    workspace = hidden_states.new_empty((max_tokens * V,), dtype=dtype)
+    """(T, H), (T,) -> per_token_logps (T,), lse (2, T), u (T, H) in the operands' dtype; 0 where ignored."""
+    dtype, num_tokens = accumulation_dtype(hidden_states.dtype), labels.numel()
     per_token_logps = hidden_states.new_empty((num_tokens,), dtype=dtype)
     lse = hidden_states.new_empty((2, num_tokens), dtype=dtype)
-    u = hidden_states.new_zeros(hidden_states.shape, dtype=dtype)
-    for start in range(0, num_tokens, max_tokens):
-        chunk = slice(start, start + max_tokens)
-        packed, rows = counted_rows(hidden_states[chunk], labels[chunk], ignore_index, "torch")
-        tiles = list(tiles_of(packed, head, rows, workspace))
-        per_token_logps[chunk], lse[:, chunk] = merge_splits_fwd_torch(partials_of(tiles, packed), rows)
-        logps = per_token_logps[chunk][rows.row_index]
-        exact_lse = lse[:, chunk].double().sum(0)[rows.row_index]
-        packed_u = torch.zeros_like(packed)
-        for tile in tiles:
-            factor = place_labels_torch(tile, logps, exact_lse) * -head.slope
-            weight = head.weight[tile.start : tile.stop].to(dtype)
-            packed_u.add_((tile.tile @ weight).mul_(factor.unsqueeze(1)))
-        u[chunk].index_copy_(0, rows.row_index, packed_u)
+    u = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    for chunk in _chunks(hidden_states, head, labels, ignore_index, workspace_bytes, backend):
+        per_token_logps[chunk.tokens], lse[:, chunk.tokens], u[chunk.tokens] = chunk[3:]
     return per_token_logps, lse, u
+
+
+def copg(
+    hidden_states: Tensor,
+    head: Head,
+    labels: Tensor,
+    completions: Completions,
+    ignore_index: int,
+    *,
+    workspace_bytes: int,
+    backend: str,
+) -> tuple[Contrast, Tensor]:
+    """Contrast of groups that may lie in many chunks, and u (T, H), which the coefficients then scale."""
+    u = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    partials, rows = [], []
+    for chunk in _chunks(hidden_states, head, labels, ignore_index, workspace_bytes, backend):
+        partials.append(chunk.partials)
+        rows.append(chunk.rows)
+        u[chunk.tokens] = chunk.u
+    joined = Partials(*(torch.cat(field, -1) for field in zip(*partials, strict=True)))
+    return tile_ops(backend).contrast_fwd(joined, _joined(rows), completions), u
+
+
+def _chunks(
+    hidden_states: Tensor, head: Head, labels: Tensor, ignore_index: int, workspace_bytes: int, backend: str
+) -> Iterator[_Chunk]:
+    ops, dtype, V = tile_ops(backend), hidden_states.dtype, head.weight.shape[0]
+    bytes_per_token = kept_bytes_per_token(V, dtype, hidden_states.device, backend)
+    max_tokens = max(1, min(labels.numel(), workspace_bytes // bytes_per_token))
+    workspace = hidden_states.new_empty((kept_elements(max_tokens, V, backend),), dtype=operand_dtype(dtype, backend))
+    for start in range(0, labels.numel(), max_tokens):
+        tokens = slice(start, start + max_tokens)
+        packed, rows = counted_rows(hidden_states[tokens], labels[tokens], ignore_index, backend)
+        partials, tiles = ops.exp_tiles(packed, head, rows, workspace)
+        per_token_logps, lse = ops.merge_splits_fwd(partials, rows)
+        slices = ops.place_labels(tiles, packed, head, rows, per_token_logps, lse)
+        packed_u = hidden_product(slices, head, lse.new_full(rows.row_index.shape, -head.slope), backend)
+        counted = (labels[tokens] != ignore_index).to(lse.dtype)
+        u = ops.scale_rows(packed_u, rows.position, counted, dtype)
+        yield _Chunk(tokens, partials, rows, per_token_logps, lse, u)
+
+
+def _joined(chunks: list[PackedRows]) -> PackedRows:
+    """The rows of consecutive tokens, one chunk's behind the other's, as the contrast reads them."""
+    num_tokens = sum(rows.position.numel() for rows in chunks)
+    row_index, position = [], []
+    first_row = first_token = 0
+    for rows in chunks:
+        row_index.append(rows.row_index + first_token)
+        position.append(torch.where(rows.position < rows.num_rows, rows.position + first_row, num_tokens))
+        first_row += rows.row_index.numel()
+        first_token += rows.position.numel()
+    labels = torch.cat([rows.labels for rows in chunks])
+    num_rows = torch.full_like(chunks[0].num_rows, num_tokens)
+    return PackedRows(torch.cat(row_index), torch.cat(position), num_rows, labels)

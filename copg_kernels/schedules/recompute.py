@@ -75,10 +75,10 @@ def token_logps_bwd(
         if needs.hidden_states:
             addmm_fp32_(dhidden, tile, head.weight[start:stop].to(operand))
         if needs.weight:
-            _write_product(tile.T, scaled_hidden, unit, gradients.weight[start:stop])
+            write_product(tile.T, scaled_hidden, unit, gradients.weight[start:stop])
         if needs.bias:
             column = packed_coefficient.to(operand).unsqueeze(1)
-            _write_product(tile.T, column, unit, gradients.bias[start:stop].unsqueeze(1))
+            write_product(tile.T, column, unit, gradients.bias[start:stop].unsqueeze(1))
     if needs.hidden_states:
         dhidden = ops.scale_rows(dhidden, rows.position, coefficient * unit, dtype)
         gradients = gradients._replace(hidden_states=dhidden)
@@ -109,11 +109,15 @@ def _in_units(coefficient: Tensor, operand: torch.dtype) -> tuple[Tensor, Tensor
     return coefficient / largest, unit * largest
 
 
-def _write_product(a: Tensor, b: Tensor, unit: Tensor, out: Tensor) -> None:
-    """out = (a @ b) * unit, summed in the accumulation dtype and rounded to out's dtype once."""
+def write_product(a: Tensor, b: Tensor, unit: Tensor, out: Tensor) -> None:
+    """out = (a @ b) * unit, summed in the accumulation dtype and rounded to out's dtype once.
+
+    bfloat16 operands of a bfloat16 result need no float32 matrix in between: the GEMM's accumulators are that.
+    """
     product = out
-    if out.dtype != accumulation_dtype(out.dtype) or not out.is_contiguous():
-        product = out.new_empty(out.shape, dtype=accumulation_dtype(out.dtype))
+    accumulation = accumulation_dtype(out.dtype)
+    if not out.is_contiguous() or (out.dtype != accumulation and (out.dtype != a.dtype or a.dtype in TILE_SCALE)):
+        product = out.new_empty(out.shape, dtype=accumulation)
     mm_fp32(a, b, product)
     if a.dtype in TILE_SCALE:
         product.mul_(unit)

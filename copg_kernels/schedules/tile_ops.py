@@ -10,10 +10,12 @@ from torch import Tensor
 
 from copg_kernels.kernels.blocks import head_blocks
 from copg_kernels.kernels.contrast import contrast_fwd, contrast_fwd_torch
+from copg_kernels.kernels.exp_tile import exp_tiles, exp_tiles_torch
 from copg_kernels.kernels.linear_logps_fwd import linear_logps_fwd, linear_logps_fwd_torch
 from copg_kernels.kernels.merge_splits import merge_splits_fwd, merge_splits_fwd_torch
 from copg_kernels.kernels.pack_rows import PackedRows, pack_rows
-from copg_kernels.kernels.scale_rows import scale_rows, scale_rows_torch
+from copg_kernels.kernels.place_labels import place_labels, place_labels_torch
+from copg_kernels.kernels.scale_rows import scale_counted, scale_counted_torch, scale_rows, scale_rows_torch
 from copg_kernels.kernels.softmax_minus_label import softmax_minus_label, softmax_minus_label_torch
 
 
@@ -23,17 +25,32 @@ class TileOps(NamedTuple):
     linear_logps_fwd: Callable
     merge_splits_fwd: Callable
     contrast_fwd: Callable
+    exp_tiles: Callable
+    place_labels: Callable
     softmax_minus_label: Callable
     scale_rows: Callable
+    scale_counted: Callable
 
 
-_TRITON = TileOps(linear_logps_fwd, merge_splits_fwd, contrast_fwd, softmax_minus_label, scale_rows)
+_TRITON = TileOps(
+    linear_logps_fwd,
+    merge_splits_fwd,
+    contrast_fwd,
+    exp_tiles,
+    place_labels,
+    softmax_minus_label,
+    scale_rows,
+    scale_counted,
+)
 _TORCH = TileOps(
     linear_logps_fwd_torch,
     merge_splits_fwd_torch,
     contrast_fwd_torch,
+    exp_tiles_torch,
+    place_labels_torch,
     softmax_minus_label_torch,
     scale_rows_torch,
+    scale_counted_torch,
 )
 
 
@@ -45,6 +62,16 @@ def tile_ops(backend: str) -> TileOps:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 operands, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What gradients wait in for the backward pass: float16 has no room for them before a loss scale."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def can_keep_tiles(dtype: torch.dtype, backend: str) -> bool:
+    """Whether a tile of exponentials can be kept: not in the kernels' float16, see exp_tile."""
+    return not (backend == "triton" and dtype == torch.float16)
 
 
 def operand_dtype(dtype: torch.dtype, backend: str) -> torch.dtype:

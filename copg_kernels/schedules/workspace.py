@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from copg_kernels.kernels.exp_tile import row_stride
 from copg_kernels.schedules.tile_ops import accumulation_dtype, operand_dtype, vocab_step
 
-# Large enough that a slice of the vocabulary keeps the GEMMs at full speed, small against the logits it replaces:
-# 16,384 tokens of a 4,096-wide bf16 head get slices of 10,752 entries. On a CPU it holds the logits of 1,024 tokens of
-# a 32,000-entry vocabulary, so that closed groups of 2 x 256 tokens go two at a time.
-_DEFAULT_BYTES = {"triton": 512 * 2**20, "torch": 128 * 2**20}
+# On a GPU the exponentials of 4,067 bf16 tokens of a 128,256-entry vocabulary: by the traffic of dW, which each chunk
+# reads and writes once in float32, 5 % above no chunks on an H200 (computed, not yet measured). On a CPU the logits of
+# 1,024 tokens of a 32,000-entry vocabulary, so that closed groups of 2 x 256 tokens go two at a time.
+_DEFAULT_BYTES = {"triton": 2**30, "torch": 128 * 2**20}
 
 
 def default_workspace_bytes(backend: str) -> int:
@@ -18,11 +19,27 @@ def default_workspace_bytes(backend: str) -> int:
 
 
 def bytes_per_entry(num_rows: int, hidden_size: int, dtype: torch.dtype, backend: str) -> int:
-    """Workspace of one vocabulary entry in the backward pass: its column of the tile and, for 16-bit operands, its row
-    of dW before rounding and (in the twins) its row of the weight in float32."""
+    """Workspace of one vocabulary entry in the backward pass: its column of the tile, its row of dW before rounding
+    (float16, and 16-bit operands of the twins) and, in these twins, its row of the weight in float32."""
     operand = operand_dtype(dtype, backend)
-    float32_rows = (dtype != accumulation_dtype(dtype)) + (dtype != operand)
+    float32_rows = (dtype != accumulation_dtype(dtype) and (dtype != operand or dtype == torch.float16)) + (
+        dtype != operand
+    )
     return num_rows * operand.itemsize + float32_rows * hidden_size * 4
+
+
+def kept_bytes_per_token(vocab_size: int, dtype: torch.dtype, device: torch.device, backend: str) -> int:
+    """Workspace of one token whose exponentials are kept: its row of the tile and, in the kernels, the statistics of
+    each of its tiles."""
+    if backend == "torch":
+        return vocab_size * accumulation_dtype(dtype).itemsize
+    num_tiles = -(-vocab_size // vocab_step(device, dtype, backend))
+    return row_stride(vocab_size) * dtype.itemsize + num_tiles * 8
+
+
+def kept_elements(num_tokens: int, vocab_size: int, backend: str) -> int:
+    """Elements of the tile of so many tokens."""
+    return num_tokens * (vocab_size if backend == "torch" else row_stride(vocab_size))
 
 
 def least_workspace_bytes(

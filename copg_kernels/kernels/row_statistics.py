@@ -1,0 +1,54 @@
+"""Row statistics of a tile of logits: its largest, and the sum of exponentials relative to that, without the label.
+
+    tile_max[r] = max_v z[r, v]                 over the tile's columns
+    tile_sum[r] = sum_{v != label} exp(z[r, v] - tile_max[r])
+
+The streaming forward pass and the pass that keeps its tile call the same functions in the same order, so that a
+log-probability has the same bits whichever schedule computed it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from copg_kernels.kernels.language import jit, tl
+
+# Where every maximum starts: finite, because (-inf) - (-inf) is NaN where a tile has no finite logit.
+LOWEST = tl.constexpr(-1e38)
+
+
+class Partials(NamedTuple):
+    """Row statistics per split of the vocabulary, rows in packed order; float32 (max and sum of the twin: float64)."""
+
+    max: Tensor  # (S, R)
+    sum: Tensor  # (S, R)
+    label_logits: Tensor  # (R,)
+
+
+@jit
+def tile_maximum(parts):
+    """z of a tile, in parts -> [BLOCK_N], LOWEST where no logit is finite.
+
+    Part by part down to one number per row, here and in `exponentials`: wider running values spill.
+    """
+    largest = tl.full((parts[0].shape[0],), LOWEST, dtype=tl.float32)
+    for part in tl.static_range(len(parts)):
+        largest = tl.maximum(largest, tl.max(parts[part], 1))
+    return largest
+
+
+@jit
+def exponentials(z, start_v, label, tile_max):
+    """[BLOCK_N, BLOCK_C] -> exp(z - tile_max), 0 at the label; its row sums; and z at the label, 0 where it is not."""
+    is_label = tl.arange(0, z.shape[1])[None, :] == (label - start_v)[:, None]
+    exps = tl.where(is_label, 0.0, tl.exp(z - tile_max[:, None]))
+    return exps, tl.sum(exps, 1), tl.sum(tl.where(is_label, z, 0.0), 1)
+
+
+@jit
+def merge_statistics(running_max, running_sum, tile_max, tile_sum):
+    """(maximum, sum of exponentials) of two disjoint sets of columns -> that of both."""
+    new_max = tl.maximum(running_max, tile_max)
+    return new_max, running_sum * tl.exp(running_max - new_max) + tile_sum * tl.exp(tile_max - new_max)
