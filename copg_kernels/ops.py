@@ -110,6 +110,8 @@ def _linear_logps_setup(ctx, inputs, output):
     hidden_states, lm_head_weight, labels, bias, ctx.frozen_head, *ctx.options = inputs
     per_token_logps, lse, dlogp_dhidden = output
     ctx.mark_non_differentiable(lse, dlogp_dhidden)
+    # Otherwise the backward pass is given zeros of the size of every other output.
+    ctx.set_materialize_grads(False)
     ctx.dtype = hidden_states.dtype
     if ctx.frozen_head:
         ctx.save_for_backward(labels, dlogp_dhidden)
@@ -118,6 +120,8 @@ def _linear_logps_setup(ctx, inputs, output):
 
 
 def _linear_logps_backward(ctx, dlogps, *_):
+    if dlogps is None:
+        return (None,) * (5 + len(ctx.options))
     if ctx.frozen_head:
         labels, dlogp_dhidden = ctx.saved_tensors
         ignore_index = ctx.options[3]
@@ -223,12 +227,17 @@ def _linear_copg_setup(ctx, inputs, output):
     _, *others = output
     *_, dhidden, dweight, dbias, _ = others
     ctx.mark_non_differentiable(*others)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(dhidden, dweight, dbias)
 
 
 def _linear_copg_backward(ctx, dloss, *_):
+    if dloss is None:
+        return (None,) * ctx.num_inputs
+    # A loss that is differentiated by itself has nothing to scale; on a GPU it would cost a wait to find out.
+    is_one = type(dloss) is Tensor and not dloss.is_cuda and dloss.item() == 1.0
     dhidden, dweight, dbias = (
-        (gradient * dloss).to(ctx.dtype) if need else None
+        (gradient if is_one else gradient * dloss).to(ctx.dtype) if need else None
         for gradient, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
     )
     return dhidden, dweight, None, dbias, *(None for _ in range(ctx.num_inputs - 4))

@@ -109,7 +109,8 @@ def place_labels_torch(
     for part in kept:
         difference = part.base - exact_lse
         negligible = difference < -60
-        part.tile[negligible] = 0
+        if negligible.any():
+            part.tile[negligible] = 0
         factor = difference.masked_fill(negligible, 0.0).exp().to(part.tile.dtype)
         at_label = logps[part.held].expm1() * part.label_slope / factor[part.held]
         part.tile[part.held, part.label_columns] = at_label
