@@ -56,17 +56,25 @@ def check_head(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, bi
         _require_shape("bias", bias, (lm_head_weight.shape[0],), "(V,)")
 
 
-def check_logit_options(
-    logit_scale: float, softcap: float | None, temperature: float, sparse_eps: float | None
-) -> None:
+def check_logit_options(logit_scale: float, softcap: float | None, temperature: float) -> None:
     """The scalars between x W^T and the softmax."""
     if not (isinstance(logit_scale, int | float) and -_INFINITY < logit_scale < _INFINITY):
         raise ValueError(f"logit_scale must be a finite number, got {logit_scale!r}")
     _require_positive("temperature", temperature)
     if softcap is not None:
         _require_positive("softcap", softcap)
-    if sparse_eps is not None:
-        raise ValueError(f"sparse_eps must be None: the sparse backward pass does not exist yet, got {sparse_eps!r}")
+
+
+def check_sparse_eps(sparse_eps: float | None, backend: str) -> None:
+    """A probability, where the backend has the compact softmax."""
+    if sparse_eps is None:
+        return
+    if isinstance(sparse_eps, bool) or not isinstance(sparse_eps, int | float):
+        raise TypeError(f"sparse_eps must be a number or None, got {type(sparse_eps).__name__}")
+    if not 0 < sparse_eps < 1:
+        raise ValueError(f"sparse_eps must be a probability in (0, 1), got {sparse_eps}")
+    if backend != "torch":
+        raise ValueError(f"sparse_eps needs backend='torch': there are no kernels for it yet, got backend {backend!r}")
 
 
 def check_workspace(workspace_bytes: int | None, hidden_states: Tensor, num_rows: int, backend: str) -> int:

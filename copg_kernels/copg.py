@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from copg_kernels import checks
 from copg_kernels.kernels.contrast import segment_sum
 from copg_kernels.ops import linear_copg_op
+from copg_kernels.schedules.sparse_softmax import Sparsity
 
 
 class _Fields(NamedTuple):
@@ -30,11 +31,14 @@ class CoPGOutput(_Fields):
     """() int64, head GEMMs of this loss with its gradients: 3 where whole groups fit the workspace, 4 recomputed. An
     attribute, so that the output unpacks into its four fields."""
 
+    sparsity: Sparsity | None
+    """What sparse_eps kept of the softmax: density, mass dropped per token, share of tokens computed exactly."""
+
     @classmethod
-    def of(cls, *fields: Tensor, gemm_units: Tensor) -> CoPGOutput:
-        """The four fields, and the attribute."""
+    def of(cls, *fields: Tensor, gemm_units: Tensor, sparsity: Sparsity | None = None) -> CoPGOutput:
+        """The four fields, and the attributes."""
         output = cls(*fields)
-        output.gemm_units = gemm_units
+        output.gemm_units, output.sparsity = gemm_units, sparsity
         return output
 
 
@@ -167,7 +171,8 @@ def linear_copg_loss(
     three head GEMMs, two with a frozen head, one without gradients. They are kept until the backward pass in the dtype
     of hidden_states (float32 for float16), and the gradient of the head is summed in float32 where there are several
     chunks of groups. With a trainable head, a group whose logits exceed workspace_bytes makes it compute the whole
-    batch's logits twice, and so does float16 on a GPU; gemm_units tells.
+    batch's logits twice, and so does float16 on a GPU; gemm_units tells. With sparse_eps the gradients take little more
+    than the loss, whatever the groups; the attribute `sparsity` tells what was kept.
 
     Args:
         hidden_states: (B, L, H) padded, or (T, H) packed with cu_seqlens.
@@ -181,7 +186,7 @@ def linear_copg_loss(
         bias, logit_scale, softcap, temperature, ignore_index, sparse_eps, workspace_bytes, backend: as `linear_logps`.
 
     Returns:
-        CoPGOutput(loss, logps, regularized_rewards, log_ratios), float32, with the attribute gemm_units.
+        CoPGOutput(loss, logps, regularized_rewards, log_ratios), float32, with the attributes gemm_units and sparsity.
 
     Raises:
         TypeError, ValueError: as `linear_logps`, `sequence_logps` and `copg_loss`; on a GPU the values of tensors are
@@ -190,7 +195,7 @@ def linear_copg_loss(
     Reference: Flet-Berliac et al., Contrastive Policy Gradient, EMNLP 2024, https://arxiv.org/abs/2406.19185.
     """
     checks.check_head(hidden_states, lm_head_weight, labels, bias)
-    checks.check_logit_options(logit_scale, softcap, temperature, sparse_eps)
+    checks.check_logit_options(logit_scale, softcap, temperature)
     boundaries = checks.completion_boundaries(hidden_states, labels, cu_seqlens)
     num_sequences = boundaries.numel() - 1
     checks.check_completions(ref_logps, rewards, num_sequences, hidden_states.device)
@@ -198,12 +203,13 @@ def linear_copg_loss(
     groups = checks.group_boundaries(num_sequences, group_size, cu_groups, hidden_states.device)
     equal = cu_seqlens is None and cu_groups is None
     backend = checks.resolve_backend(backend, hidden_states)
+    checks.check_sparse_eps(sparse_eps, backend)
     workspace = checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend)
     dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
     trains = [
         torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_states, lm_head_weight, bias)
     ]
-    loss, logps, regularized_rewards, log_ratios, *_, gemm_units = linear_copg_op(
+    loss, logps, regularized_rewards, log_ratios, *_, gemm_units, sparsity = linear_copg_op(
         hidden_states.reshape(-1, hidden_states.shape[-1]),
         lm_head_weight,
         labels.reshape(-1),
@@ -220,10 +226,12 @@ def linear_copg_loss(
         None if softcap is None else float(softcap),
         float(temperature),
         ignore_index,
+        None if sparse_eps is None else float(sparse_eps),
         workspace,
         backend,
     )
-    return CoPGOutput.of(loss, logps, regularized_rewards, log_ratios, gemm_units=gemm_units)
+    kept = None if sparse_eps is None else Sparsity(*sparsity.unbind())
+    return CoPGOutput.of(loss, logps, regularized_rewards, log_ratios, gemm_units=gemm_units, sparsity=kept)
 
 
 class CoPGLoss(nn.Module):

@@ -17,6 +17,7 @@ from copg_kernels.kernels.row_statistics import Partials
 from copg_kernels.linear_logps import linear_logps
 from copg_kernels.ops import on_device, row_major
 from copg_kernels.schedules import closed_groups, recompute
+from copg_kernels.schedules.sparse_softmax import Sparsity
 from copg_kernels.schedules.tile_ops import can_keep_tiles, tile_ops
 
 # Coefficients of chunks and of the whole batch are the same sums in another order; a loss that is no mean over groups
@@ -67,13 +68,14 @@ def linear_sequence_loss(
         TypeError, ValueError: as `linear_copg_loss`, and what `loss` raises.
     """
     checks.check_head(hidden_states, lm_head_weight, labels, bias)
-    checks.check_logit_options(logit_scale, softcap, temperature, sparse_eps)
+    checks.check_logit_options(logit_scale, softcap, temperature)
     boundaries = checks.completion_boundaries(hidden_states, labels, cu_seqlens)
     num_sequences = boundaries.numel() - 1
     checks.check_completions(ref_logps, rewards, num_sequences, hidden_states.device)
     checks.check_beta(beta)
     group_edges = checks.group_boundaries(num_sequences, group_size, cu_groups, hidden_states.device)
     backend = checks.resolve_backend(backend, hidden_states)
+    checks.check_sparse_eps(sparse_eps, backend)
     workspace = checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend)
     ref_logps, rewards = ref_logps.detach(), rewards.detach()
 
@@ -84,7 +86,7 @@ def linear_sequence_loss(
 
     inputs = (hidden_states, lm_head_weight, bias)
     trains = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
-    if any(trains) and not torch.compiler.is_compiling():
+    if any(trains) and sparse_eps is None and not torch.compiler.is_compiling():
         dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
         completions = Completions(
             boundaries,
@@ -111,6 +113,7 @@ def linear_sequence_loss(
         softcap=softcap,
         temperature=temperature,
         ignore_index=ignore_index,
+        sparse_eps=sparse_eps,
         workspace_bytes=workspace,
         backend=backend,
     )
@@ -119,7 +122,10 @@ def linear_sequence_loss(
     )
     frozen_head = can_keep_tiles(hidden_states.dtype, backend) and trains == [True, False, False]
     units = 2 if frozen_head else 2 + sum(trains[:2]) if any(trains) else 1
-    return _output(value_of(logps), logps.detach(), ref_logps, rewards, beta, units)
+    sparsity = getattr(per_token_logps, "sparsity", None)
+    if sparsity is not None:
+        units = 1 if sparsity.overflow == 0 else 2 + sum(trains[:2])
+    return _output(value_of(logps), logps.detach(), ref_logps, rewards, beta, units, sparsity)
 
 
 def _in_closed_groups(
@@ -215,7 +221,17 @@ class _KnownGradients(torch.autograd.Function):
         return None, None, *((g * dvalue).to(dtype).view(shape) for g, (shape, dtype) in pairs)
 
 
-def _output(value: Tensor, logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float, units: int) -> CoPGOutput:
+def _output(
+    value: Tensor,
+    logps: Tensor,
+    ref_logps: Tensor,
+    rewards: Tensor,
+    beta: float,
+    units: int,
+    sparsity: Sparsity | None = None,
+) -> CoPGOutput:
     log_ratios = logps - ref_logps.to(logps.dtype)
     regularized_rewards = rewards.to(logps.dtype) - beta * log_ratios
-    return CoPGOutput.of(value, logps, regularized_rewards, log_ratios, gemm_units=torch.tensor(units))
+    return CoPGOutput.of(
+        value, logps, regularized_rewards, log_ratios, gemm_units=torch.tensor(units), sparsity=sparsity
+    )

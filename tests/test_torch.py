@@ -41,8 +41,9 @@ def completions() -> tuple:
 def test_opcheck(with_bias, backend):
     head = (0.9, 8.0, 1.25, -100, 2**20, backend)
     torch.library.opcheck(linear_logps_op, (*operands(with_bias), False, *head))
+    fused_head = (0.9, 8.0, 1.25, -100, None, 2**20, backend)
     torch.library.opcheck(
-        linear_copg_op, (*operands(with_bias), *completions(), [], 0.3, True, [True, True, with_bias], *head)
+        linear_copg_op, (*operands(with_bias), *completions(), [], 0.3, True, [True, True, with_bias], *fused_head)
     )
     hidden_states, weight, labels, bias = (None if x is None else x.detach() for x in operands(with_bias))
     logps, lse, _ = linear_logps_op(hidden_states, weight, labels, bias, False, *head)

@@ -74,7 +74,8 @@ def closed_units(needs: recompute.Needs, workspace_bytes: int) -> float:
     completions = Completions(cu_seqlens, cu_groups, *torch.randn(2, T // 12), 0.3, False, cu_groups.numel() - 1)
     batch = closed_groups.Batch(hidden_states, Head(weight, None, 1.0, None, 1.0), labels, completions, -100)
     with MatmulFlops() as counter:
-        _, _, units = closed_groups.copg(batch, needs, workspace_bytes=workspace_bytes, backend="torch")
+        options = dict(sparse_eps=None, workspace_bytes=workspace_bytes, backend="torch")
+        _, _, units, _ = closed_groups.copg(batch, needs, **options)
     assert units == counter.flops / (2 * T * V * H)
     return units
 

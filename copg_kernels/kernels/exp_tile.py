@@ -23,6 +23,7 @@ from copg_kernels.kernels.fold_tiles import fold_tiles
 from copg_kernels.kernels.head import (
     Head,
     cap_slope,
+    finish_torch,
     head_logits,
     logits_tile_torch,
     out_arguments,
@@ -167,13 +168,10 @@ def row_stride(vocab_size: int) -> int:
 
 def _reference_logits(hidden_states: Tensor, head: Head) -> Tensor:
     """(T, H) -> (T,) float32, the largest of the first logits, as good as the operands' dtype gives it."""
-    z = torch.mm(hidden_states, head.weight[:REFERENCE_COLUMNS].T).float()
+    product = torch.mm(hidden_states, head.weight[:REFERENCE_COLUMNS].T).float()
     if head.bias is not None:
-        z += head.bias[:REFERENCE_COLUMNS]
-    z *= head.logit_scale
-    if head.softcap is not None:
-        z = head.softcap * torch.tanh(z / head.softcap)
-    return z.amax(1) / head.temperature
+        product += head.bias[:REFERENCE_COLUMNS]
+    return finish_torch(product, head).amax(1)
 
 
 class ExpTile(NamedTuple):

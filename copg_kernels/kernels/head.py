@@ -215,3 +215,11 @@ def logits_tile_torch(hidden_states: Tensor, head: Head, start: int, stop: int, 
     slope = out.cosh().square_().reciprocal_()
     out.tanh_().mul_(head.softcap / head.temperature)
     return slope
+
+
+def finish_torch(product: Tensor, head: Head) -> Tensor:
+    """x W^T + bias -> z, out of place: for a few numbers."""
+    z = product * head.logit_scale
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    return z / head.temperature

@@ -24,7 +24,7 @@ from copg_kernels.kernels.contrast import Completions, Contrast
 from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.row_statistics import Partials
-from copg_kernels.schedules import forward, frozen_head, recompute
+from copg_kernels.schedules import forward, frozen_head, recompute, sparse_softmax
 from copg_kernels.schedules.kept_tiles import (
     add_weight_product_,
     bias_product,
@@ -32,6 +32,7 @@ from copg_kernels.schedules.kept_tiles import (
     write_weight_product,
 )
 from copg_kernels.schedules.recompute import Gradients, Needs
+from copg_kernels.schedules.sparse_softmax import Sparsity
 from copg_kernels.schedules.tile_ops import (
     accumulation_dtype,
     can_keep_tiles,
@@ -79,26 +80,35 @@ def plan_chunks(
     ]
 
 
-def copg(batch: Batch, needs: Needs, *, workspace_bytes: int, backend: str) -> tuple[Contrast, Gradients, int]:
-    """Contrast, gradients in `kept_dtype` (empty where not needed), and the units of GEMM work that they take in all.
+def copg(
+    batch: Batch, needs: Needs, *, sparse_eps: float | None, workspace_bytes: int, backend: str
+) -> tuple[Contrast, Gradients, int, Sparsity]:
+    """Contrast, gradients in `kept_dtype` (empty where not needed), the units of GEMM work that they take, sparsity.
 
     A group whose logits exceed the workspace takes the whole batch another way: with a frozen head the derivatives of
     the log-probs wait for their coefficients, with a trainable one the logits are computed again.
     """
     options: dict[str, Any] = dict(workspace_bytes=workspace_bytes, backend=backend)
+    exact = Sparsity(*batch.completions.rewards.new_tensor([1.0, 0.0, 0.0]))
     if not any(needs):
-        contrast = forward.copg(*batch, **options)
-        return contrast, _empty_gradients(batch, needs), 1
+        return forward.copg(*batch, **options), _empty_gradients(batch, needs), 1, exact
     units = 1 + needs.hidden_states + needs.weight
+    if sparse_eps is not None:
+        found = sparse_softmax.copg(*batch, needs, sparse_eps=sparse_eps, workspace_bytes=workspace_bytes)
+        if found is not None:
+            contrast, gradients, sparsity = found
+            gradients = Gradients(*(gradient.to(kept_dtype(batch.hidden_states.dtype)) for gradient in gradients))
+            return contrast, gradients, 1 + units * bool(sparsity.overflow > 0), sparsity
+        exact = Sparsity(*batch.completions.rewards.new_tensor([0.0, 0.0, 1.0]))
     chunks = chunks_of(batch, needs, **options)
     if chunks is not None:
-        return *in_chunks(batch, chunks, needs, tile_ops(backend).contrast_fwd, backend), units
+        return *in_chunks(batch, chunks, needs, tile_ops(backend).contrast_fwd, backend), units, exact
     if not (needs.weight or needs.bias) and can_keep_tiles(batch.hidden_states.dtype, backend):
         contrast, u = frozen_head.copg(*batch, **options)
         gradients = _empty_gradients(batch, needs)
-        return contrast, gradients._replace(hidden_states=scaled_slopes(u, contrast, batch)), units
+        return contrast, gradients._replace(hidden_states=scaled_slopes(u, contrast, batch)), units, exact
     contrast = forward.copg(*batch, **options)
-    return contrast, recomputed(batch, contrast, needs, **options), 1 + units
+    return contrast, recomputed(batch, contrast, needs, **options), 1 + units, exact
 
 
 def chunks_of(batch: Batch, needs: Needs, *, workspace_bytes: int, backend: str) -> list[Chunk] | None:
