@@ -11,6 +11,7 @@ from torch import Tensor
 
 from copg_kernels.kernels.contrast import Completions, segment_sum
 from copg_kernels.kernels.language import INTERPRETING, triton
+from copg_kernels.schedules.tile_ops import can_keep_tiles
 from copg_kernels.schedules.workspace import default_workspace_bytes, least_workspace_bytes
 
 # Comparisons instead of math.isfinite, which torch.compile cannot trace on a symbolic number.
@@ -65,16 +66,16 @@ def check_logit_options(logit_scale: float, softcap: float | None, temperature: 
         _require_positive("softcap", softcap)
 
 
-def check_sparse_eps(sparse_eps: float | None, backend: str) -> None:
-    """A probability, where the backend has the compact softmax."""
+def check_sparse_eps(sparse_eps: float | None, dtype: torch.dtype, backend: str) -> None:
+    """A probability, where the backend can keep a tile."""
     if sparse_eps is None:
         return
     if isinstance(sparse_eps, bool) or not isinstance(sparse_eps, int | float):
         raise TypeError(f"sparse_eps must be a number or None, got {type(sparse_eps).__name__}")
     if not 0 < sparse_eps < 1:
         raise ValueError(f"sparse_eps must be a probability in (0, 1), got {sparse_eps}")
-    if backend != "torch":
-        raise ValueError(f"sparse_eps needs backend='torch': there are no kernels for it yet, got backend {backend!r}")
+    if not can_keep_tiles(dtype, backend):
+        raise ValueError(f"sparse_eps needs float32 or bfloat16 with backend {backend!r}, got {dtype}")
 
 
 def check_workspace(workspace_bytes: int | None, hidden_states: Tensor, num_rows: int, backend: str) -> int:

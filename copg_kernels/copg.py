@@ -203,13 +203,13 @@ def linear_copg_loss(
     groups = checks.group_boundaries(num_sequences, group_size, cu_groups, hidden_states.device)
     equal = cu_seqlens is None and cu_groups is None
     backend = checks.resolve_backend(backend, hidden_states)
-    checks.check_sparse_eps(sparse_eps, backend)
+    checks.check_sparse_eps(sparse_eps, hidden_states.dtype, backend)
     workspace = checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend)
     dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
     trains = [
         torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_states, lm_head_weight, bias)
     ]
-    loss, logps, regularized_rewards, log_ratios, *_, gemm_units, sparsity = linear_copg_op(
+    loss, logps, regularized_rewards, log_ratios, *_, gemm_units, statistics = linear_copg_op(
         hidden_states.reshape(-1, hidden_states.shape[-1]),
         lm_head_weight,
         labels.reshape(-1),
@@ -230,7 +230,7 @@ def linear_copg_loss(
         workspace,
         backend,
     )
-    kept = None if sparse_eps is None else Sparsity(*sparsity.unbind())
+    kept = None if sparse_eps is None else Sparsity(*statistics.unbind())
     return CoPGOutput.of(loss, logps, regularized_rewards, log_ratios, gemm_units=gemm_units, sparsity=kept)
 
 

@@ -60,7 +60,7 @@ def linear_logps(
             few percent of two GEMMs, for gradients that are off by 5e-4 (confident tokens) to 3e-3 (base model) at
             2**-14. Before that term a token's error in dlogits is at most sqrt(sparse_eps * dropped mass). Where a
             block would keep more than 30 % of the vocabulary its gradients are exact. Log-probs are exact, always.
-            The result then has the attribute `sparsity` (density, dropped, overflow). backend="torch" only.
+            The result then has the attribute `sparsity` (density, dropped, overflow). Not for float16 on a GPU.
         workspace_bytes: budget for the tile of logits of a pass that forms gradients (and the twin's forward tile); by
             default 1 GiB on a GPU and 128 MiB elsewhere. Above it such a pass needs the gradients themselves, a scaled
             copy of hidden_states and, for 16-bit operands, their gradient in float32.
@@ -78,7 +78,7 @@ def linear_logps(
     checks.check_head(hidden_states, lm_head_weight, labels, bias)
     checks.check_logit_options(logit_scale, softcap, temperature)
     backend = checks.resolve_backend(backend, hidden_states)
-    checks.check_sparse_eps(sparse_eps, backend)
+    checks.check_sparse_eps(sparse_eps, hidden_states.dtype, backend)
     workspace = checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend)
     trains = [
         torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_states, lm_head_weight, bias)
@@ -86,7 +86,7 @@ def linear_logps(
     if sparse_eps is not None and any(trains):
         head = Head(lm_head_weight, bias, float(logit_scale), softcap, float(temperature))
         tokens = (hidden_states.reshape(-1, hidden_states.shape[-1]), labels.reshape(-1))
-        per_token_logps, sparsity = sparse_logps(*tokens, head, ignore_index, float(sparse_eps), workspace)
+        per_token_logps, sparsity = sparse_logps(*tokens, head, ignore_index, float(sparse_eps), workspace, backend)
         return with_sparsity(per_token_logps.view(labels.shape), sparsity)
     per_token_logps, *_ = linear_logps_op(
         hidden_states.reshape(-1, hidden_states.shape[-1]),

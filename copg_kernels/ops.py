@@ -167,7 +167,7 @@ def linear_copg_op(
     workspace_bytes: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> Contrast, Gradients (empty where not needed), GEMM units, Sparsity (3,).
+    """-> Contrast, Gradients (empty where not needed), GEMM units, the numbers of Sparsity (3,).
 
     The gradients are computed here, where whole groups have their logits at hand; the backward pass scales them.
     equal_sizes is (tokens per completion, completions per group), empty where these differ.
@@ -185,14 +185,14 @@ def linear_copg_op(
     checks.require_batch(labels, lm_head_weight.shape[0], ignore_index, completions)
     with on_device(hidden_states, workspace_bytes):
         head = Head(row_major(lm_head_weight), bias, logit_scale, softcap, temperature)
-        contrast, gradients, units, sparsity = closed_groups.copg(
+        contrast, gradients, units, statistics = closed_groups.copg(
             closed_groups.Batch(row_major(hidden_states), head, labels, completions, ignore_index),
             recompute.Needs(*needs),
             sparse_eps=sparse_eps,
             workspace_bytes=workspace_bytes,
             backend=backend,
         )
-    return *contrast, *gradients, torch.tensor(units), torch.stack(list(sparsity))
+    return *contrast, *gradients, torch.tensor(units), statistics
 
 
 @linear_copg_op.register_fake
@@ -220,8 +220,8 @@ def _(
         for x, need in zip((hidden_states, lm_head_weight, bias), needs, strict=True)
     )
     units = torch.empty((), dtype=torch.int64, device="cpu")
-    scalar, sparsity = rewards.new_empty((), dtype=dtype), rewards.new_empty((3,), dtype=dtype)
-    return scalar, *per_completion, *_token_outputs(hidden_states), *gradients, units, sparsity
+    loss, statistics = rewards.new_empty((), dtype=dtype), rewards.new_empty((3,))
+    return loss, *per_completion, *_token_outputs(hidden_states), *gradients, units, statistics
 
 
 def _linear_copg_setup(ctx, inputs, output):

@@ -75,7 +75,7 @@ def linear_sequence_loss(
     checks.check_beta(beta)
     group_edges = checks.group_boundaries(num_sequences, group_size, cu_groups, hidden_states.device)
     backend = checks.resolve_backend(backend, hidden_states)
-    checks.check_sparse_eps(sparse_eps, backend)
+    checks.check_sparse_eps(sparse_eps, hidden_states.dtype, backend)
     workspace = checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend)
     ref_logps, rewards = ref_logps.detach(), rewards.detach()
 
@@ -124,7 +124,7 @@ def linear_sequence_loss(
     units = 2 if frozen_head else 2 + sum(trains[:2]) if any(trains) else 1
     sparsity = getattr(per_token_logps, "sparsity", None)
     if sparsity is not None:
-        units = 1 if sparsity.overflow == 0 else 2 + sum(trains[:2])
+        units = 1
     return _output(value_of(logps), logps.detach(), ref_logps, rewards, beta, units, sparsity)
 
 

@@ -24,11 +24,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from copg_kernels.kernels import contrast, fold_tiles, merge_splits, scale_rows
+from copg_kernels.kernels import (
+    compact_tile,
+    contrast,
+    fold_tiles,
+    gather_product,
+    merge_splits,
+    scale_rows,
+)
 from copg_kernels.kernels.blocks import BLOCKS, GROUP_N
+from copg_kernels.kernels.compact_tile import _count_kernel, _fill_kernel
 from copg_kernels.kernels.contrast import _contrast_kernel, launch_options
+from copg_kernels.kernels.dense_product import _dense_product_kernel
 from copg_kernels.kernels.exp_tile import _exp_tile_kernel
 from copg_kernels.kernels.fold_tiles import _fold_tiles_kernel
+from copg_kernels.kernels.gather_product import _gather_product_kernel
 from copg_kernels.kernels.head import compile_options
 from copg_kernels.kernels.linear_logps_fwd import _linear_logps_fwd_kernel
 from copg_kernels.kernels.merge_splits import _merge_splits_kernel
@@ -58,6 +68,15 @@ _HEAD_KERNELS = {
     "linear_logps_fwd": _linear_logps_fwd_kernel,
     "exp_tile": _exp_tile_kernel,
     "softmax_minus_label": _softmax_minus_label_kernel,
+}
+
+
+_ROW_STRIDES = ("stride_hidden", "stride_weight", "stride_source", "stride_tile")
+_SPARSE_KERNELS = {
+    "count_significant": _count_kernel,
+    "fill_compact": _fill_kernel,
+    "gather_product": _gather_product_kernel,
+    "dense_product": _dense_product_kernel,
 }
 
 
@@ -91,6 +110,8 @@ def cases(targets: list[str]) -> Iterator[Case]:
                         yield Case(kernel, target, dtype, epilogue)
             yield Case("scale_rows", target, dtype, "plain")
             yield Case("place_labels", target, dtype, "full")
+            if dtype != "float16":
+                yield from (Case(kernel, target, dtype, "plain") for kernel in _SPARSE_KERNELS)
         yield Case("fold_tiles", target, "float32", "plain")
         yield Case("merge_splits", target, "float32", "plain")
         yield Case("contrast", target, "float32", "plain")
@@ -105,7 +126,8 @@ def compile_case(case: Case) -> Row:
     aligned = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, type_ in signature.items()
-        if type_.startswith("*") or name in ("H", "R", "stride_hidden", "stride_weight", "stride_source", "stride_tile")
+        if type_.startswith("*")
+        or name in ("H", "R", "stride_hidden", "stride_weight", "stride_source", "stride_tile", "stride_i")
     }
     source = ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=TARGETS[case.target], options=options)
@@ -123,6 +145,8 @@ def _specification(case: Case) -> tuple:
     if case.kernel == "merge_splits":
         types = {"position_ptr": "*i64", "num_rows_ptr": "*i64"}
         return *_signature(_merge_splits_kernel, types, dict(BLOCK_T=merge_splits.BLOCK_T)), {}
+    if case.kernel in _SPARSE_KERNELS:
+        return _sparse_specification(case, element)
     if case.kernel == "fold_tiles":
         constants = dict(BLOCK_R=fold_tiles.BLOCK_R, TILES_PER_SPLIT=32)
         return *_signature(_fold_tiles_kernel, {}, constants), dict(enable_fp_fusion=False)
@@ -160,6 +184,21 @@ def _head_specification(case: Case, element: str) -> tuple:
         types["tile"] = f"tensordesc<{element}[{blocks.BLOCK_N}, {blocks.BLOCK_V // 4}]>"
     types |= dict.fromkeys(("logit_scale", "inv_softcap", "inv_temperature", "tile_scale"), "fp32")
     return *_signature(_HEAD_KERNELS[case.kernel], types, constants), compile_options(blocks)
+
+
+def _sparse_specification(case: Case, element: str) -> tuple:
+    types = dict.fromkeys(("labels_ptr", "num_rows_ptr"), "*i64")
+    types |= dict.fromkeys(("counts_ptr", "ends_ptr", "entries_ptr", "offsets_ptr", "overflow_ptr"), "*i32")
+    types |= dict.fromkeys(("tile_ptr", "values_ptr", "source_ptr", "out_ptr"), f"*{element}") | {"eps": "fp32"}
+    constants = dict(
+        ROWS_IN_BLOCKS=True, ADD=True, PRECISION=BLOCKS[case.target, 4 if element == "fp32" else 2].precision,
+        BLOCK=compact_tile.BLOCK, BLOCK_LIST=compact_tile.BLOCK_LIST, BLOCK_K=gather_product.BLOCK_K,
+        BLOCK_H=gather_product.BLOCK_H[4 if element == "fp32" else 2],
+    )  # fmt: skip
+    kernel = _SPARSE_KERNELS[case.kernel]
+    is_product = case.kernel.endswith("product")
+    options = gather_product.launch_options(hip=case.target.startswith("gfx")) if is_product else {}
+    return *_signature(kernel, types, constants), options
 
 
 def _signature(kernel, types: dict[str, str], constants: dict) -> tuple:

@@ -24,12 +24,15 @@ def rows(tmp_path_factory) -> list[dict]:
     return json.loads(path.read_text())
 
 
+SPARSE_KERNELS = ("count_significant", "fill_compact", "gather_product", "dense_product")
+
+
 def named(row: dict) -> str:
     return "{kernel} {target} {dtype} {epilogue}".format(**row)
 
 
 def test_every_kernel_was_compiled_for_every_target(rows):
-    kernels = {*HEAD_KERNELS, "scale_rows", "fold_tiles", "merge_splits", "place_labels", "contrast"}
+    kernels = {*HEAD_KERNELS, *SPARSE_KERNELS, "scale_rows", "fold_tiles", "merge_splits", "place_labels", "contrast"}
     assert {(row["target"], row["kernel"]) for row in rows} == {(t, k) for t in SHARED_LIMIT for k in kernels}
     assert {row["dtype"] for row in rows if row["kernel"] in HEAD_KERNELS} == {
         "float32",
@@ -49,4 +52,5 @@ def test_shared_memory_fits(rows):
 
 def test_matrix_instructions(rows):
     """HGMMA on sm_90, tcgen05 on sm_100, HMMA and MFMA on the others: see compile_report.MATRIX_INSTRUCTION."""
-    assert [named(row) for row in rows if row["kernel"] in HEAD_KERNELS and not row["matrix_instructions"]] == []
+    multiply = (*HEAD_KERNELS, "gather_product", "dense_product")
+    assert [named(row) for row in rows if row["kernel"] in multiply and not row["matrix_instructions"]] == []

@@ -10,6 +10,7 @@ from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.significant_columns import significant_columns_torch
 from copg_kernels.reference import linear_copg_loss_ref, linear_logps_bwd_ref, linear_logps_ref
 from copg_kernels.schedules import sparse_softmax
+from copg_kernels.schedules.recompute import Needs
 from tests.conftest import DEVICE
 from tests.numerics import relative_error, upcast
 from tests.test_work import MatmulFlops
@@ -282,16 +283,15 @@ def test_units_of_work():
     """Confident tokens of a larger vocabulary: forward and backward take little more than one GEMM."""
     inputs = make_inputs(Shape("", 32768, H, 256, 128), "rl", torch.float32, DEVICE)
     hidden_states, weight = inputs.hidden_states.detach(), inputs.lm_head_weight.detach()
-    head, options = Head(weight, None, 1.0, None, 1.0), dict(ignore_index=-100, workspace_bytes=2**24)
+    head, needs = Head(weight, None, 1.0, None, 1.0), Needs(True, True, False)
+    options = dict(ignore_index=-100, workspace_bytes=2**24, backend="torch")
+    operands = (hidden_states, head, inputs.labels)
     with MatmulFlops() as forward:
-        logps, lse, compact = sparse_softmax.token_logps(hidden_states, head, inputs.labels, sparse_eps=EPS, **options)
+        logps, lse, compact = sparse_softmax.token_logps(*operands, needs, sparse_eps=EPS, **options)
     with MatmulFlops() as backward:
-        sparse_softmax.token_logps_bwd(
-            inputs.dlogps, hidden_states, head, inputs.labels, logps, lse, compact,
-            sparse_softmax.Needs(True, True, False), **options,
-        )  # fmt: skip
+        sparse_softmax.token_logps_bwd(inputs.dlogps, *operands, logps, lse, compact, needs, **options)
     unit = 2 * 256 * 32768 * H
-    density = sparse_softmax.sparsity(compact, 32768).density.item()
+    density = sparse_softmax.statistics(compact, 32768, "torch")[0].item()
     assert unit <= forward.flops <= 1.01 * unit and density < 0.25
     assert 2 * density * unit <= backward.flops <= 2 * density * unit + 0.01 * unit
 

@@ -32,7 +32,6 @@ from copg_kernels.schedules.kept_tiles import (
     write_weight_product,
 )
 from copg_kernels.schedules.recompute import Gradients, Needs
-from copg_kernels.schedules.sparse_softmax import Sparsity
 from copg_kernels.schedules.tile_ops import (
     accumulation_dtype,
     can_keep_tiles,
@@ -82,33 +81,37 @@ def plan_chunks(
 
 def copg(
     batch: Batch, needs: Needs, *, sparse_eps: float | None, workspace_bytes: int, backend: str
-) -> tuple[Contrast, Gradients, int, Sparsity]:
-    """Contrast, gradients in `kept_dtype` (empty where not needed), the units of GEMM work that they take, sparsity.
+) -> tuple[Contrast, Gradients, int, Tensor]:
+    """Contrast, gradients in `kept_dtype` (empty where not needed), the units of GEMM work they take, statistics (3,).
 
     A group whose logits exceed the workspace takes the whole batch another way: with a frozen head the derivatives of
     the log-probs wait for their coefficients, with a trainable one the logits are computed again.
     """
     options: dict[str, Any] = dict(workspace_bytes=workspace_bytes, backend=backend)
-    exact = Sparsity(*batch.completions.rewards.new_tensor([1.0, 0.0, 0.0]))
+    statistics = batch.completions.rewards.new_zeros(3)
     if not any(needs):
-        return forward.copg(*batch, **options), _empty_gradients(batch, needs), 1, exact
-    units = 1 + needs.hidden_states + needs.weight
+        return forward.copg(*batch, **options), _empty_gradients(batch, needs), 1, statistics
     if sparse_eps is not None:
-        found = sparse_softmax.copg(*batch, needs, sparse_eps=sparse_eps, workspace_bytes=workspace_bytes)
+        found = sparse_softmax.copg(*batch, needs, sparse_eps=sparse_eps, **options)
         if found is not None:
-            contrast, gradients, sparsity = found
-            gradients = Gradients(*(gradient.to(kept_dtype(batch.hidden_states.dtype)) for gradient in gradients))
-            return contrast, gradients, 1 + units * bool(sparsity.overflow > 0), sparsity
-        exact = Sparsity(*batch.completions.rewards.new_tensor([0.0, 0.0, 1.0]))
+            contrast, gradients, statistics = found
+            return contrast, Gradients(*(g.to(kept_dtype(batch.hidden_states.dtype)) for g in gradients)), 1, statistics
+        statistics[2] = 1
+    return *_exact(batch, needs, **options), statistics
+
+
+def _exact(batch: Batch, needs: Needs, *, workspace_bytes: int, backend: str) -> tuple[Contrast, Gradients, int]:
+    options: dict[str, Any] = dict(workspace_bytes=workspace_bytes, backend=backend)
+    units = 1 + needs.hidden_states + needs.weight
     chunks = chunks_of(batch, needs, **options)
     if chunks is not None:
-        return *in_chunks(batch, chunks, needs, tile_ops(backend).contrast_fwd, backend), units, exact
+        return *in_chunks(batch, chunks, needs, tile_ops(backend).contrast_fwd, backend), units
     if not (needs.weight or needs.bias) and can_keep_tiles(batch.hidden_states.dtype, backend):
         contrast, u = frozen_head.copg(*batch, **options)
         gradients = _empty_gradients(batch, needs)
-        return contrast, gradients._replace(hidden_states=scaled_slopes(u, contrast, batch)), units, exact
+        return contrast, gradients._replace(hidden_states=scaled_slopes(u, contrast, batch)), units
     contrast = forward.copg(*batch, **options)
-    return contrast, recomputed(batch, contrast, needs, **options), 1 + units, exact
+    return contrast, recomputed(batch, contrast, needs, **options), 1 + units
 
 
 def chunks_of(batch: Batch, needs: Needs, *, workspace_bytes: int, backend: str) -> list[Chunk] | None:

@@ -65,7 +65,7 @@ def copg(
         rows.append(chunk.rows)
         u[chunk.tokens] = chunk.u
     joined = Partials(*(torch.cat(field, -1) for field in zip(*partials, strict=True)))
-    return tile_ops(backend).contrast_fwd(joined, _joined(rows), completions), u
+    return tile_ops(backend).contrast_fwd(joined, joined_rows(rows), completions), u
 
 
 def _chunks(
@@ -87,7 +87,7 @@ def _chunks(
         yield _Chunk(tokens, partials, rows, per_token_logps, lse, u)
 
 
-def _joined(chunks: list[PackedRows]) -> PackedRows:
+def joined_rows(chunks: list[PackedRows]) -> PackedRows:
     """The rows of consecutive tokens, one chunk's behind the other's, as the contrast reads them."""
     num_tokens = sum(rows.position.numel() for rows in chunks)
     row_index, position = [], []

@@ -1,29 +1,25 @@
-"""Gradients from the compact softmax: no logit twice, any upstream gradient, any grouping; a few percent of two units.
+"""Gradients from a compact softmax: no logit twice, any upstream gradient, any grouping; a few percent of two units.
 
-For every block of rows, with its significant columns K and their probabilities P (rows x K), everything per token:
+    forward    logits once; of each block their significant entries stay, with the mass of the others
+    backward   products with these entries and gathered rows of W and X, plus one rank-1 term for that mass
 
-    dX    = -c * (P W[K] + dropped * (tail W) + (p_label - 1) W[label])
-    dW[K] -= P^T (c X)        dW -= tail (dropped * c X summed over tokens)        dW[label] -= (p_label - 1) (c X)
-
-The second term gives back, to every row and column, the mass of the entries that were left out. Rows of a block that
-was not compact are computed exactly, by the recompute schedule. Torch backend only.
+Found while logits stream by in `sparse_rows` (torch backend), in tiles that are compacted in `sparse_tiles` (kernels).
+What does not become compact is computed exactly.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from copg_kernels.kernels.blocks import SPLIT_TORCH
-from copg_kernels.kernels.contrast import Completions, Contrast, contrast_fwd_torch
+from copg_kernels.kernels.contrast import Completions, Contrast
 from copg_kernels.kernels.head import Head
-from copg_kernels.kernels.merge_splits import merge_splits_fwd_torch
-from copg_kernels.kernels.significant_columns import Compact, significant_columns_torch
-from copg_kernels.schedules import recompute
+from copg_kernels.schedules import sparse_rows, sparse_tiles
 from copg_kernels.schedules.recompute import Gradients, Needs
-from copg_kernels.schedules.tile_ops import counted_rows
+from copg_kernels.schedules.tile_ops import tile_ops
 
 
 class Sparsity(NamedTuple):
@@ -35,14 +31,18 @@ class Sparsity(NamedTuple):
 
 
 def token_logps(
-    hidden_states: Tensor, head: Head, labels: Tensor, *, ignore_index: int, sparse_eps: float, workspace_bytes: int
-) -> tuple[Tensor, Tensor, Compact]:
-    """(T, H), (T,) -> per_token_logps (T,), lse (2, T), and the counted rows' softmax."""
-    packed, rows = counted_rows(hidden_states, labels, ignore_index, "torch")
-    found = significant_columns_torch(packed, head, rows.labels, sparse_eps, workspace_bytes)
-    assert found is not None
-    partials, compact = found
-    return *merge_splits_fwd_torch(partials, rows), compact
+    hidden_states: Tensor, head: Head, labels: Tensor, needs: Needs, *, backend: str, **options: Any
+) -> tuple[Tensor, Tensor, Any]:
+    """(T, H), (T,) -> per_token_logps (T,), lse (2, T), and the compact softmax for `token_logps_bwd`."""
+    partials, rows, compact = _schedule(backend).compact_rows(
+        hidden_states, head, labels, needs, give_up=False, **options
+    )
+    return *tile_ops(backend).merge_splits_fwd(partials, rows), compact
+
+
+def token_logps_bwd(*operands: Any, backend: str, **options: Any) -> Gradients:
+    """dlogps, hidden_states, head, labels, per_token_logps, lse, compact, needs -> gradients; empty: not needed."""
+    return _schedule(backend).token_logps_bwd(*operands, **options)
 
 
 def copg(
@@ -55,94 +55,29 @@ def copg(
     *,
     sparse_eps: float,
     workspace_bytes: int,
-) -> tuple[Contrast, Gradients, Sparsity] | None:
-    """Contrast, gradients of its loss, what was kept; None where nothing is compact, so that exact ones cost less."""
+    backend: str,
+) -> tuple[Contrast, Gradients, Tensor] | None:
+    """Contrast, gradients of its loss, statistics; None where nothing is compact, so that exact ones cost less."""
     options = dict(ignore_index=ignore_index, workspace_bytes=workspace_bytes)
-    packed, rows = counted_rows(hidden_states, labels, ignore_index, "torch")
-    found = significant_columns_torch(packed, head, rows.labels, sparse_eps, workspace_bytes, give_up=True)
+    found = _schedule(backend).compact_rows(
+        hidden_states, head, labels, needs, sparse_eps=sparse_eps, give_up=True, **options
+    )
     if found is None:
         return None
-    partials, compact = found
-    contrast = contrast_fwd_torch(partials, rows, completions)
+    partials, rows, compact = found
+    contrast = tile_ops(backend).contrast_fwd(partials, rows, completions)
     coefficients = torch.repeat_interleave(
         contrast.coefficients, completions.cu_seqlens.diff(), output_size=labels.numel()
     )
-    gradients = token_logps_bwd(
-        coefficients, hidden_states, head, labels, contrast.per_token_logps, contrast.lse, compact, needs, **options
-    )
-    return contrast, gradients, sparsity(compact, head.weight.shape[0])
+    operands = (coefficients, hidden_states, head, labels, contrast.per_token_logps, contrast.lse, compact, needs)
+    gradients = token_logps_bwd(*operands, backend=backend, **options)
+    return contrast, gradients, statistics(compact, head.weight.shape[0], backend)
 
 
-def token_logps_bwd(
-    dlogps: Tensor,
-    hidden_states: Tensor,
-    head: Head,
-    labels: Tensor,
-    per_token_logps: Tensor,
-    lse: Tensor,
-    compact: Compact,
-    needs: Needs,
-    *,
-    ignore_index: int,
-    workspace_bytes: int,
-) -> Gradients:
-    """(T,) upstream gradient -> gradients in the accumulation dtype, empty where not needed."""
-    packed, rows = counted_rows(hidden_states, labels, ignore_index, "torch")
-    scale = dlogps.index_select(0, rows.row_index).to(packed.dtype) * -head.slope
-    scale.masked_fill_(compact.overflow, 0.0)
-    gradients = Gradients(*(hidden_states.new_empty(0, dtype=packed.dtype) for _ in needs))
-    if needs.hidden_states:
-        dhidden = packed.new_zeros(hidden_states.shape)
-        dhidden.index_copy_(0, rows.row_index, _hidden_product(compact, head, rows.labels, scale))
-        gradients = gradients._replace(hidden_states=dhidden)
-    if needs.weight:
-        scaled = packed * scale.unsqueeze(1)
-        gradients = gradients._replace(weight=_head_product(compact, rows.labels, scaled))
-    if needs.bias:
-        gradients = gradients._replace(bias=_head_product(compact, rows.labels, scale.unsqueeze(1)).squeeze(1))
-    if not compact.overflow.any():
-        return gradients
-    of_overflow = torch.full_like(labels, ignore_index)
-    exact_rows = rows.row_index[compact.overflow]
-    of_overflow[exact_rows] = labels[exact_rows]
-    exact = recompute.token_logps_bwd(
-        dlogps, hidden_states, head, of_overflow, per_token_logps, lse, needs,
-        ignore_index=ignore_index, workspace_bytes=workspace_bytes, backend="torch",
-    )  # fmt: skip
-    return Gradients(*(a.add_(b) for a, b in zip(gradients, exact, strict=True)))
+def statistics(compact: Any, vocab_size: int, backend: str) -> Tensor:
+    """(3,): see Sparsity."""
+    return _schedule(backend).statistics(compact, vocab_size)
 
 
-def _hidden_product(compact: Compact, head: Head, labels: Tensor, scale: Tensor) -> Tensor:
-    """scale * (P - onehot) weight, (R, H)."""
-    dtype = scale.dtype
-    product = head.weight[labels].to(dtype).mul_(compact.label_values.unsqueeze(1))
-    product.addr_(compact.dropped, _mean_row(compact.tail, head.weight))
-    for rows, columns, values in compact.blocks():
-        product[rows].addmm_(values, head.weight.index_select(0, columns).to(dtype))
-    return product.mul_(scale.unsqueeze(1))
-
-
-def _mean_row(tail: Tensor, weight: Tensor) -> Tensor:
-    """tail @ weight, (H,); 16-bit weights are upcast a slice at a time."""
-    parts = zip(tail.split(SPLIT_TORCH), weight.split(SPLIT_TORCH), strict=True)
-    return torch.stack([mass @ rows.to(tail.dtype) for mass, rows in parts]).sum(0)
-
-
-def _head_product(compact: Compact, labels: Tensor, scaled: Tensor) -> Tensor:
-    """(P - onehot)^T scaled, (V, width); scaled (R, width)."""
-    product = torch.outer(compact.tail, compact.dropped @ scaled)
-    for rows, columns, values in compact.blocks():
-        # A block's columns are distinct: gathered, added to and put back, in a fixed order.
-        product.index_copy_(0, columns, product.index_select(0, columns).addmm_(values.T, scaled[rows]))
-    return product.index_add_(0, labels, scaled * compact.label_values.unsqueeze(1))
-
-
-def sparsity(compact: Compact, vocab_size: int) -> Sparsity:
-    kept, overflow = compact.dropped.numel(), compact.overflow.double()
-    entries = max(1.0, float((~compact.overflow).sum()) * vocab_size)
-    dtype = compact.dropped.dtype
-    return Sparsity(
-        overflow.new_tensor(compact.values.numel() / entries).to(dtype),
-        compact.dropped.sum() / max(1.0, entries / vocab_size),
-        (overflow.sum() / max(1, kept)).to(dtype),
-    )
+def _schedule(backend: str) -> ModuleType:
+    return {"torch": sparse_rows, "triton": sparse_tiles}[backend]

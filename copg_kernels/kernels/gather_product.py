@@ -1,0 +1,96 @@
+"""Products with the compact tile: out = scale * (values^T source[entries] + dropped mean^T), block by block.
+
+    dX: source is the head's weight, a block's list its significant columns
+    dW: source is the scaled hidden states, a block's list its significant rows
+    mean: the average row of the source over what was left out
+
+Output-stationary: each element is written once, summed over the slots in their order, in float32. Where the compact
+tile overflowed the result is 0, and `dense_product` adds what is exact; elsewhere that one does nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from copg_kernels.kernels.compact_tile import BLOCK, Pool
+from copg_kernels.kernels.language import jit, tl, triton
+
+# By bytes per element: in float32 the other half of the registers goes to addresses.
+BLOCK_H = {2: 128, 4: 64}
+BLOCK_K = 32
+
+
+@jit
+def _gather_product_kernel(
+    entries_ptr,  # (capacity,) int32
+    values_ptr,  # (capacity, BLOCK)
+    offsets_ptr,  # (blocks + 1,) int32
+    overflow_ptr,  # (1,) int32
+    source_ptr,  # (entries, H)
+    dropped_ptr,  # (members,) float32
+    mean_ptr,  # (H,) float32
+    scale_ptr,  # (members,) float32, or None
+    out_ptr,  # (members, H)
+    num_members,
+    H,
+    stride_source,
+    ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # 1. My block and its slots; none where they overflowed.
+    block = tl.program_id(0)
+    is_compact = 1 - tl.load(overflow_ptr)
+    start = tl.load(offsets_ptr + block)
+    stop = start + (tl.load(offsets_ptr + block + 1) - start) * is_compact
+    offs_i = tl.arange(0, BLOCK)
+    offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask_h = offs_h < H
+
+    # 2. values^T times the gathered rows.
+    acc = tl.zeros((BLOCK, BLOCK_H), dtype=tl.float32)
+    for first in range(start, stop, BLOCK_K):
+        slots = first + tl.arange(0, BLOCK_K)
+        mask_k = slots < stop
+        values_ptrs = values_ptr + slots.to(tl.int64)[None, :] * BLOCK + offs_i[:, None]
+        values = tl.load(values_ptrs, mask=mask_k[None, :], other=0.0)
+        index = tl.load(entries_ptr + slots, mask=mask_k, other=0).to(tl.int64)
+        source_ptrs = source_ptr + index[:, None] * stride_source + offs_h[None, :]
+        gathered = tl.load(source_ptrs, mask=mask_k[:, None] & mask_h[None, :], other=0.0)
+        acc = tl.dot(values, gathered, acc, input_precision=PRECISION)
+
+    # 3. What was left out, the scale, and the one write.
+    members = (block * BLOCK + offs_i).to(tl.int64)
+    mask_i = members < num_members
+    dropped = tl.load(dropped_ptr + members, mask=mask_i, other=0.0) * is_compact
+    acc += dropped[:, None] * tl.load(mean_ptr + offs_h, mask=mask_h, other=0.0)[None, :]
+    if scale_ptr is not None:
+        acc *= tl.load(scale_ptr + members, mask=mask_i, other=0.0)[:, None]
+    out_ptrs = out_ptr + members[:, None] * H + offs_h[None, :]
+    mask = mask_i[:, None] & mask_h[None, :]
+    if ADD:
+        acc += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptrs, acc, mask=mask)
+
+
+def launch_options(hip: bool) -> dict[str, int]:
+    """Compile options. Left alone, Triton 3.6's assembler gives float32 on sm_80 32 registers and spills the rest."""
+    return {"num_warps": 8} if hip else {"num_warps": 8, "maxnreg": 255}
+
+
+def gather_product(
+    pool: Pool, source: Tensor, mean: Tensor, scale: Tensor | None, out: Tensor, precision: str, *, add: bool
+) -> None:
+    """Compact tile, (entries, H), (H,), (members,) -> out (members, H), or added to it."""
+    members, H = out.shape
+    assert out.is_contiguous() and source.stride(1) == 1
+    block_h = BLOCK_H[source.element_size()]
+    _gather_product_kernel[(triton.cdiv(members, BLOCK), triton.cdiv(H, block_h))](
+        pool.entries, pool.values, pool.offsets, pool.overflow, source, pool.dropped, mean, scale, out,
+        members, H, source.stride(0),
+        ADD=add, PRECISION=precision, BLOCK=BLOCK, BLOCK_H=block_h, BLOCK_K=BLOCK_K,
+        **launch_options(torch.version.hip is not None),
+    )  # fmt: skip

@@ -1,0 +1,199 @@
+"""The compact softmax of the kernels: tiles of a chunk of tokens, compacted before the next chunk takes their place.
+
+Twice, because a GEMM with gathered rows wants its other operand in blocks: of rows, which list columns, for dX; of
+columns, which list rows, for dW. What either leaves out comes back as one rank-1 term. A chunk that does not fit into
+its slots is computed again by the exact kernels, on the device's own decision: they are launched always, and return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from copg_kernels.kernels.blocks import head_blocks
+from copg_kernels.kernels.compact_tile import BLOCK, Pool, compact_tile
+from copg_kernels.kernels.dense_product import dense_product
+from copg_kernels.kernels.exp_tile import exp_tiles
+from copg_kernels.kernels.gather_product import gather_product
+from copg_kernels.kernels.head import Head
+from copg_kernels.kernels.matmul import mm_fp32
+from copg_kernels.kernels.merge_splits import merge_splits_fwd
+from copg_kernels.kernels.pack_rows import PackedRows
+from copg_kernels.kernels.place_labels import SoftmaxSlice, place_labels
+from copg_kernels.kernels.row_statistics import Partials
+from copg_kernels.kernels.scale_rows import scale_counted, scale_rows
+from copg_kernels.kernels.significant_columns import MOST_KEPT
+from copg_kernels.kernels.softmax_minus_label import softmax_minus_label
+from copg_kernels.schedules.frozen_head import joined_rows
+from copg_kernels.schedules.recompute import Gradients, Needs
+from copg_kernels.schedules.tile_ops import counted_rows
+from copg_kernels.schedules.workspace import kept_bytes_per_token, kept_elements, slice_width
+
+
+class CompactChunk(NamedTuple):
+    """Consecutive tokens."""
+
+    tokens: slice
+    rows: PackedRows
+    by_rows: Pool
+    by_columns: Pool | None  # where the head is trained
+    mean_row: Tensor  # (H,) of the head's weight, over what by_rows left out
+
+
+def compact_rows(
+    hidden_states: Tensor,
+    head: Head,
+    labels: Tensor,
+    needs: Needs,
+    *,
+    ignore_index: int,
+    sparse_eps: float,
+    workspace_bytes: int,
+    give_up: bool,
+) -> tuple[Partials, PackedRows, list[CompactChunk]]:
+    """(T, H), (T,) -> row statistics, the rows they are of, their softmax. Gives up nothing: the host does not know."""
+    T, V = labels.numel(), head.weight.shape[0]
+    bytes_per_token = kept_bytes_per_token(V, hidden_states.dtype, hidden_states.device, "triton")
+    most_tokens = max(1, min(T, max(BLOCK, workspace_bytes // bytes_per_token // BLOCK * BLOCK)))
+    workspace = hidden_states.new_empty((kept_elements(most_tokens, V, "triton"),))
+    partials, chunks = [], []
+    for start in range(0, max(T, 1), most_tokens):
+        tokens = slice(start, min(T, start + most_tokens))
+        hidden, rows = counted_rows(hidden_states[tokens], labels[tokens], ignore_index, "triton")
+        statistics_, tiles = exp_tiles(hidden, head, rows, workspace)
+        logps, lse = merge_splits_fwd(statistics_, rows)
+        (part,) = place_labels(tiles, hidden, head, rows, logps, lse)
+        by_rows = _compacted(part, rows, sparse_eps, head.weight.dtype, rows_in_blocks=True)
+        trains = needs.weight or needs.bias
+        by_columns = _compacted(part, rows, sparse_eps, head.weight.dtype, rows_in_blocks=False) if trains else None
+        partials.append(statistics_)
+        mean_row = _mean(by_rows.dropped_list, head.weight)
+        chunks.append(CompactChunk(tokens, rows, by_rows, by_columns, mean_row))
+    joined = Partials(*(torch.cat(field, -1) for field in zip(*partials, strict=True)))
+    return joined, joined_rows([chunk.rows for chunk in chunks]), chunks
+
+
+def _compacted(part: SoftmaxSlice, rows: PackedRows, eps: float, dtype: torch.dtype, *, rows_in_blocks: bool) -> Pool:
+    R, V = part.tile.shape
+    members, entries = (R, V) if rows_in_blocks else (V, R)
+    capacity = max(1, int(-(-members // BLOCK) * entries * MOST_KEPT))
+    return compact_tile(part, rows, eps, capacity, dtype, rows_in_blocks=rows_in_blocks)
+
+
+def _mean(mass: Tensor, source: Tensor) -> Tensor:
+    """(N,) float32 weights, (N, H) -> (H,) float32: the mean of the rows, 0 where there is no mass."""
+    share = (mass / mass.sum().clamp_min(torch.finfo(mass.dtype).tiny)).to(source.dtype)
+    return mm_fp32(share.unsqueeze(0), source, mass.new_empty((1, source.shape[1]))).squeeze(0)
+
+
+def token_logps_bwd(
+    dlogps: Tensor,
+    hidden_states: Tensor,
+    head: Head,
+    labels: Tensor,
+    per_token_logps: Tensor,
+    lse: Tensor,
+    chunks: list[CompactChunk],
+    needs: Needs,
+    *,
+    ignore_index: int,
+    workspace_bytes: int,
+) -> Gradients:
+    """(T,) upstream gradient -> gradients, empty where not needed; the head's summed in float32 over several chunks."""
+    (V, H), dtype = head.weight.shape, hidden_states.dtype
+    summed = dtype if len(chunks) == 1 else torch.float32
+    gradients = Gradients(
+        hidden_states.new_empty(hidden_states.shape if needs.hidden_states else (0,)),
+        hidden_states.new_empty((V, H) if needs.weight else (0,), dtype=summed),
+        hidden_states.new_empty((V, 1) if needs.bias else (0,), dtype=torch.float32),
+    )
+    precision = head_blocks(hidden_states.device, dtype).precision
+    for index, chunk in enumerate(chunks):
+        counted = (labels[chunk.tokens] != ignore_index).float()
+        # Whatever reaches an ignored token, NaN included, goes no further.
+        scale = dlogps[chunk.tokens].float().where(counted != 0, 0.0) * -head.slope
+        packed_scale = scale.index_select(0, chunk.rows.row_index)
+        statistics_ = (per_token_logps[chunk.tokens], lse[:, chunk.tokens].contiguous())
+        part = _Products(
+            hidden_states[chunk.tokens], head, chunk, packed_scale, statistics_, precision, workspace_bytes
+        )
+        if needs.hidden_states:
+            dhidden = scale_rows(_hidden_product(part), chunk.rows.position, counted, dtype)
+            gradients.hidden_states[chunk.tokens] = dhidden
+        if needs.weight:
+            source = scale_counted(part.hidden_states, chunk.rows, packed_scale, dtype)
+            _add_head_product(part, source, gradients.weight, add=index > 0)
+        if needs.bias:
+            _add_head_product(part, packed_scale.to(dtype).unsqueeze(1), gradients.bias, add=index > 0)
+    return gradients._replace(bias=gradients.bias.view(-1))
+
+
+class _Products(NamedTuple):
+    """What the products of a chunk are made of."""
+
+    hidden_states: Tensor
+    head: Head
+    chunk: CompactChunk
+    scale: Tensor  # (R,) of the packed rows
+    statistics: tuple[Tensor, Tensor]  # per_token_logps, lse of the chunk's tokens
+    precision: str
+    workspace_bytes: int
+
+
+def _hidden_product(part: _Products) -> Tensor:
+    """scale * (softmax - onehot) weight, (R, H) float32."""
+    chunk, weight = part.chunk, part.head.weight
+    out = part.scale.new_empty((part.scale.numel(), weight.shape[1]))
+    gather_product(chunk.by_rows, weight, chunk.mean_row, part.scale, out, part.precision, add=False)
+    for start, stop, tile, factor in _exact_tiles(part, chunk.by_rows.overflow):
+        operands = (tile, weight[start:stop], part.scale * factor, out)
+        dense_product(chunk.by_rows.overflow, *operands, part.precision)
+    return out
+
+
+def _add_head_product(part: _Products, source: Tensor, out: Tensor, *, add: bool) -> None:
+    """out (V, width) = or += (softmax - onehot)^T source, (R, width)."""
+    pool = part.chunk.by_columns
+    assert pool is not None
+    gather_product(pool, source, _mean(pool.dropped_list, source), None, out, part.precision, add=add)
+    for start, stop, tile, factor in _exact_tiles(part, pool.overflow):
+        exact = (source.float() * factor.unsqueeze(1)).to(source.dtype)
+        dense_product(pool.overflow, tile.T, exact, None, out[start:stop], part.precision)
+
+
+def _exact_tiles(part: _Products, overflow: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """Slices of the vocabulary, computed again if `overflow` is set: start, stop, tile, factor of its rows."""
+    hidden_states, head, rows = part.hidden_states, part.head, part.chunk.rows
+    blocks = head_blocks(hidden_states.device, hidden_states.dtype)
+    R, (V, H) = rows.row_index.numel(), head.weight.shape
+    per_token_logps, lse = part.statistics
+    only = overflow.expand(-(-R // blocks.BLOCK_N)).contiguous()
+    factor = (-lse[1]).exp().index_select(0, rows.row_index)
+    device, dtype = hidden_states.device, hidden_states.dtype
+    width = slice_width(part.workspace_bytes, R, (V, H), dtype, device, "triton")
+    workspace = hidden_states.new_empty((R * width,))
+    for start in range(0, V, width):
+        tile = workspace[: R * (min(start + width, V) - start)].view(R, -1)
+        softmax_minus_label(hidden_states, head, rows, per_token_logps, lse, start, tile, only=only)
+        yield start, start + tile.shape[1], tile, factor
+
+
+def statistics(chunks: list[CompactChunk], vocab_size: int) -> Tensor:
+    """Density, mean dropped mass, share of rows that overflowed: (3,), on the device."""
+    rows = [chunk.rows.num_rows.float() for chunk in chunks]
+    kept = [chunk.by_rows.offsets[-1:].float() for chunk in chunks]
+    dropped = [chunk.by_rows.dropped.sum().view(1) for chunk in chunks]
+    overflow = [
+        chunk.by_rows.overflow if chunk.by_columns is None else chunk.by_rows.overflow | chunk.by_columns.overflow
+        for chunk in chunks
+    ]
+    exact = torch.cat(rows) * torch.cat(overflow)
+    num_rows, sparse_rows = torch.cat(rows).sum(), (torch.cat(rows) - exact).sum()
+    is_sparse = 1 - torch.cat(overflow)
+    blocks = (torch.cat(rows) / BLOCK).ceil() * is_sparse
+    density = (torch.cat(kept) * is_sparse).sum() / (blocks.sum() * vocab_size).clamp_min(1)
+    mass = (torch.cat(dropped) * is_sparse).sum() / sparse_rows.clamp_min(1)
+    return torch.stack([density, mass, exact.sum() / num_rows.clamp_min(1)])

@@ -1,0 +1,177 @@
+"""The compact tile of the kernels: what it keeps, its products, and the exact ones where it overflows."""
+
+import pytest
+import torch
+
+from bench.inputs import Shape, make_inputs
+from copg_kernels import linear_copg_loss, linear_logps
+from copg_kernels.kernels.compact_tile import BLOCK, compact_tile
+from copg_kernels.kernels.dense_product import dense_product
+from copg_kernels.kernels.gather_product import gather_product
+from copg_kernels.kernels.pack_rows import pack_rows
+from copg_kernels.kernels.place_labels import SoftmaxSlice
+from copg_kernels.reference import linear_copg_loss_ref, linear_logps_bwd_ref
+from copg_kernels.schedules import sparse_tiles
+from tests.conftest import BACKENDS, DEVICE
+from tests.numerics import relative_error, upcast
+
+pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+
+T, V, H = 150, 260, 24
+EPS = 2.0**-12
+
+
+@pytest.fixture(autouse=True)
+def room(monkeypatch):
+    """Slots for everything, unless a test says otherwise: a small vocabulary is dense."""
+    monkeypatch.setattr(sparse_tiles, "MOST_KEPT", 1.0)
+
+
+def softmax_slice(exact_slots: bool = True):
+    """A tile of a softmax minus one-hot with its factors; the last tokens ignored."""
+    labels = torch.randint(V, (T,), device=DEVICE)
+    labels[-10:] = -100
+    rows = pack_rows(labels, -100, exact=False)
+    counted = torch.arange(T, device=DEVICE) < T - 10
+    softmax = (4 * torch.randn(T, V, device=DEVICE)).softmax(1)
+    softmax[torch.arange(T, device=DEVICE), rows.labels.clamp_min(0)] -= 1
+    factor = torch.where(counted, torch.rand(T, device=DEVICE) + 0.5, 0.0)
+    tile = torch.where(counted[:, None], softmax / factor[:, None], 0.0)
+    wide = torch.full((T, V + 24), float("nan"), device=DEVICE)
+    wide[:, :V] = tile
+    return SoftmaxSlice(0, V, wide[:, :V], factor), rows, torch.where(counted[:, None], softmax, 0.0)
+
+
+@pytest.mark.parametrize("rows_in_blocks", [True, False], ids=["by rows", "by columns"])
+def test_what_a_compact_tile_holds(rows_in_blocks):
+    part, rows, exact = softmax_slice()
+    members, entries = (T, V) if rows_in_blocks else (V, T)
+    exact = exact if rows_in_blocks else exact.T
+    eps = 0.02
+    capacity = -(-members // BLOCK) * entries
+    pool = compact_tile(part, rows, eps, capacity, torch.float32, rows_in_blocks=rows_in_blocks)
+    assert pool.overflow.item() == 0
+    dropped = torch.zeros_like(exact)
+    for block, first in enumerate(range(0, members, BLOCK)):
+        mine = exact[first : first + BLOCK]
+        significant = ((mine >= eps) | (mine < 0)).any(0)
+        slots = slice(*pool.offsets[block : block + 2].tolist())
+        assert pool.entries[slots].tolist() == significant.nonzero().squeeze(1).tolist()
+        values = pool.values[slots].T[: len(mine)]
+        torch.testing.assert_close(values, mine[:, significant], rtol=1e-5, atol=1e-7)
+        dropped[first : first + BLOCK] = mine.masked_fill(significant, 0.0)
+    assert 0 < pool.offsets[-1] < capacity and dropped.max() > 0
+    torch.testing.assert_close(pool.dropped, dropped.sum(1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(pool.dropped_list, dropped.sum(0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows_in_blocks", [True, False], ids=["by rows", "by columns"])
+@pytest.mark.parametrize("overflow", [False, True], ids=["compact", "overflow"])
+def test_products(rows_in_blocks, overflow):
+    """Nothing dropped: the product with the whole tile; overflowed: 0, and the dense product instead."""
+    part, rows, exact = softmax_slice()
+    members, entries = (T, V) if rows_in_blocks else (V, T)
+    exact = exact if rows_in_blocks else exact.T
+    capacity = 3 if overflow else -(-members // BLOCK) * entries
+    pool = compact_tile(part, rows, 1e-12, capacity, torch.float32, rows_in_blocks=rows_in_blocks)
+    assert pool.overflow.item() == overflow
+    source, scale = torch.randn(entries, 150, device=DEVICE), torch.randn(members, device=DEVICE)
+    mean, previous = torch.randn(150, device=DEVICE), torch.randn(members, 150, device=DEVICE)
+    gold = (exact.double() @ source.double()) * scale.double()[:, None] + previous.double()
+    out = previous.clone()
+    gather_product(pool, source, mean, scale, out, "ieee", add=True)
+    if overflow:
+        assert torch.equal(out, previous)
+    dense_product(pool.overflow, exact.contiguous(), source, scale, out, "ieee")
+    assert relative_error(out, gold) < 1e-5
+
+
+def test_what_was_left_out_returns_as_its_mean():
+    part, rows, exact = softmax_slice()
+    pool = compact_tile(part, rows, 0.02, 4 * V, torch.float32, rows_in_blocks=True)
+    source, mean = torch.randn(V, 16, device=DEVICE), torch.randn(16, device=DEVICE)
+    with_mean, without = (torch.empty(T, 16, device=DEVICE) for _ in range(2))
+    gather_product(pool, source, mean, None, with_mean, "ieee", add=False)
+    gather_product(pool, source, 0 * mean, None, without, "ieee", add=False)
+    torch.testing.assert_close(with_mean - without, torch.outer(pool.dropped, mean), rtol=1e-4, atol=1e-5)
+
+
+def operands(regime: str = "rl") -> tuple:
+    inputs = make_inputs(Shape("", V, H, T, T // 2), regime, torch.float32, DEVICE)
+    labels = inputs.labels.clone()
+    labels[::7] = -100
+    return inputs.hidden_states.detach().requires_grad_(), inputs.lm_head_weight.detach().requires_grad_(), labels
+
+
+def gradients_of(inputs, dlogps, **options) -> tuple[torch.Tensor, tuple]:
+    logps = linear_logps(*inputs, backend="triton", **options)
+    return logps, torch.autograd.grad(logps, inputs[:2], dlogps)
+
+
+@pytest.mark.parametrize(
+    "most_kept, workspace", [(1.0, None), (0.0, 180_000)], ids=["compact, one chunk", "overflow, two chunks"]
+)
+def test_keeping_everything_is_exact(most_kept, workspace, monkeypatch):
+    monkeypatch.setattr(sparse_tiles, "MOST_KEPT", most_kept)
+    inputs, dlogps = operands("base"), torch.randn(T, device=DEVICE)
+    options = dict(bias=torch.randn(V, device=DEVICE), logit_scale=0.8, softcap=9.0, temperature=1.25)
+    sparse, gradients = gradients_of(inputs, dlogps, sparse_eps=1e-12, workspace_bytes=workspace, **options)
+    exact, exact_gradients = gradients_of(inputs, dlogps, **options)
+    assert torch.equal(sparse, exact)
+    assert sparse.sparsity.overflow == 1 - most_kept and (most_kept == 0 or sparse.sparsity.density > 0.9)
+    assert all(relative_error(*pair) < 1e-5 for pair in zip(gradients, exact_gradients, strict=True))
+
+
+def test_errors():
+    """260 entries are few: what is dropped at 2^-9 is a percent of the mass."""
+    inputs, dlogps = operands("rl"), torch.randn(T, device=DEVICE)
+    sparse, gradients = gradients_of(inputs, dlogps, sparse_eps=2.0**-9)
+    assert 0 < sparse.sparsity.density < 1 and sparse.sparsity.dropped > 1e-4
+    wide = (dlogps.double(), *(x.detach().double() for x in inputs[:2]), inputs[2])
+    errors = [relative_error(*pair) for pair in zip(gradients, linear_logps_bwd_ref(*wide), strict=False)]
+    assert all(1e-6 < error < 3e-3 for error in errors)
+
+
+def test_nan_of_an_ignored_token_goes_nowhere():
+    inputs, dlogps = operands(), torch.randn(T, device=DEVICE)
+    _, clean = gradients_of(inputs, dlogps, sparse_eps=EPS)
+    ignored = inputs[2] == -100
+    with torch.no_grad():
+        inputs[0][ignored] = float("nan")
+    dlogps[ignored] = float("nan")
+    _, poisoned = gradients_of(inputs, dlogps, sparse_eps=EPS)
+    assert all(torch.equal(*pair) for pair in zip(clean, poisoned, strict=True))
+
+
+def test_fused_loss():
+    hidden_states, weight, labels = operands()
+    numbers = torch.randn(2, 4, device=DEVICE)
+    cu_seqlens = torch.tensor([0, 20, 90, 123, 150], dtype=torch.int32, device=DEVICE)
+    batch = dict(hidden_states=hidden_states, lm_head_weight=weight, labels=labels, cu_seqlens=cu_seqlens)
+    batch |= dict(ref_logps=numbers[0], rewards=numbers[1])
+    bias = torch.randn(V, device=DEVICE, requires_grad=True)
+    options = dict(beta=0.1, bias=bias)
+    # Groups of 90 and 60 tokens in chunks of 128: the boundaries do not matter.
+    output = linear_copg_loss(
+        **batch, **options, sparse_eps=2.0**-16, backend="triton", workspace_bytes=130 * (320 * 4 + 9 * 8)
+    )
+    exact = linear_copg_loss(**batch, **options, backend="triton")
+    assert torch.equal(output.logps, exact.logps) and output.gemm_units == 1 and output.sparsity.overflow == 0
+    gradients = torch.autograd.grad(output.loss, (hidden_states, weight, bias))
+    wide, wide_bias = upcast(batch, torch.float64), bias.detach().double().requires_grad_()
+    gold = torch.autograd.grad(
+        linear_copg_loss_ref(**wide, beta=0.1, bias=wide_bias),
+        (wide["hidden_states"], wide["lm_head_weight"], wide_bias),
+    )
+    assert all(relative_error(*pair) < 1e-3 for pair in zip(gradients, gold, strict=True))
+    weight.requires_grad_(False)
+    frozen = linear_copg_loss(**batch, beta=0.1, bias=bias.detach(), sparse_eps=2.0**-16, backend="triton")
+    assert relative_error(torch.autograd.grad(frozen.loss, hidden_states)[0], gold[0]) < 1e-3
+
+
+def test_float16_is_refused():
+    hidden_states, weight, labels = (x.half() if x.is_floating_point() else x for x in operands())
+    with pytest.raises(
+        ValueError, match=r"sparse_eps needs float32 or bfloat16 with backend 'triton', got torch.float16"
+    ):
+        linear_logps(hidden_states, weight, labels, backend="triton", sparse_eps=EPS)
