@@ -28,8 +28,8 @@ class CoPGOutput(_Fields):
     """What a fused loss returns: (loss, logps, regularized_rewards, log_ratios), all but loss detached."""
 
     gemm_units: Tensor
-    """() int64, head GEMMs of this loss with its gradients: 3 where whole groups fit the workspace, 4 recomputed. An
-    attribute, so that the output unpacks into its four fields."""
+    """() int64, head GEMMs of this loss with its gradients: 3 where whole groups fit the workspace, 4 recomputed; with
+    sparse_eps 1, but for what `sparsity` calls overflow. An attribute, so that the output unpacks into four fields."""
 
     sparsity: Sparsity | None
     """What sparse_eps kept of the softmax: density, mass dropped per token, share of tokens computed exactly."""

@@ -188,7 +188,9 @@ def _head_specification(case: Case, element: str) -> tuple:
 
 def _sparse_specification(case: Case, element: str) -> tuple:
     types = dict.fromkeys(("labels_ptr", "num_rows_ptr"), "*i64")
-    types |= dict.fromkeys(("counts_ptr", "ends_ptr", "entries_ptr", "offsets_ptr", "overflow_ptr"), "*i32")
+    types |= dict.fromkeys(
+        ("counts_ptr", "ends_ptr", "entries_ptr", "offsets_ptr", "order_ptr", "overflow_ptr"), "*i32"
+    )
     types |= dict.fromkeys(("tile_ptr", "values_ptr", "source_ptr", "out_ptr"), f"*{element}") | {"eps": "fp32"}
     constants = dict(
         ROWS_IN_BLOCKS=True, ADD=True, PRECISION=BLOCKS[case.target, 4 if element == "fp32" else 2].precision,

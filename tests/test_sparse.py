@@ -25,6 +25,7 @@ def small_slices(monkeypatch):
     for module in (exp_tile, linear_logps_fwd, significant_columns):
         monkeypatch.setattr(module, "SPLIT_TORCH", 1100)
     monkeypatch.setattr(significant_columns, "MOST_KEPT", 1.0)
+    monkeypatch.setattr(significant_columns, "_HOPELESS", 2.0)
 
 
 def operands(regime: str = "rl", dtype: torch.dtype = torch.float32) -> tuple:
@@ -191,6 +192,25 @@ def test_overflow_is_exact(most_kept, monkeypatch):
         *(torch.autograd.grad(logps, (hidden_states, weight), dlogps) for logps in (sparse, exact)), strict=True
     )
     assert all(relative_error(*pair) < (1e-5 if most_kept == 0.0 else 1e-3) for pair in pairs)
+
+
+def test_hopeless_blocks_are_given_up_early(monkeypatch):
+    """Of a flat softmax everything is significant: an eighth of the vocabulary in, no more columns are collected."""
+    monkeypatch.setattr(significant_columns, "_HOPELESS", 0.98)
+    inputs = operands("flat")
+    collected = []
+    original = significant_columns._significant
+
+    def counting(*args):
+        result = original(*args)
+        collected.append(sum(columns.numel() for columns in result[1]))
+        return result
+
+    monkeypatch.setattr(significant_columns, "_significant", counting)
+    logps = linear_logps(*inputs, backend="torch", sparse_eps=2.0**-20)
+    assert logps.sparsity.overflow == 1 and collected[0] > 0 and collected[1:] == [0, 0, 0]
+    compact = linear_logps(*operands("rl"), backend="torch", sparse_eps=2.0**-8)
+    assert compact.sparsity.overflow == 0
 
 
 def batch_of(inputs, lengths) -> dict:

@@ -31,6 +31,7 @@ class Pool(NamedTuple):
     entries: Tensor  # (capacity,) int32
     values: Tensor  # (capacity, BLOCK)
     offsets: Tensor  # (blocks + 1,) int32
+    order: Tensor  # (blocks,) int32: the longest first, so that none is left to run alone at the end
     dropped: Tensor  # (members of all blocks,) float32: mass that is not there
     dropped_list: Tensor  # (entries of the list,) float32: the same, seen from the other side
     overflow: Tensor  # (1,) int32
@@ -165,5 +166,6 @@ def compact_tile(
     values = tile.new_empty((capacity, BLOCK), dtype=dtype)
     _fill_kernel[grid](*operands, ends, counts, index, values, capacity, *shape, **options)
     offsets = torch.cat([ends.new_zeros(1), ends[:, -1]])
+    order = offsets.diff().argsort(descending=True, stable=True).to(torch.int32)
     overflow = (offsets[-1:] > capacity).to(torch.int32)
-    return Pool(index, values, offsets, dropped.sum(0), dropped_list.sum(0), overflow)
+    return Pool(index, values, offsets, order, dropped.sum(0), dropped_list.sum(0), overflow)

@@ -26,6 +26,7 @@ def _gather_product_kernel(
     entries_ptr,  # (capacity,) int32
     values_ptr,  # (capacity, BLOCK)
     offsets_ptr,  # (blocks + 1,) int32
+    order_ptr,  # (blocks,) int32
     overflow_ptr,  # (1,) int32
     source_ptr,  # (entries, H)
     dropped_ptr,  # (members,) float32
@@ -42,7 +43,7 @@ def _gather_product_kernel(
     BLOCK_K: tl.constexpr,
 ):
     # 1. My block and its slots; none where they overflowed.
-    block = tl.program_id(0)
+    block = tl.load(order_ptr + tl.program_id(0))
     is_compact = 1 - tl.load(overflow_ptr)
     start = tl.load(offsets_ptr + block)
     stop = start + (tl.load(offsets_ptr + block + 1) - start) * is_compact
@@ -89,7 +90,7 @@ def gather_product(
     assert out.is_contiguous() and source.stride(1) == 1
     block_h = BLOCK_H[source.element_size()]
     _gather_product_kernel[(triton.cdiv(members, BLOCK), triton.cdiv(H, block_h))](
-        pool.entries, pool.values, pool.offsets, pool.overflow, source, pool.dropped, mean, scale, out,
+        pool.entries, pool.values, pool.offsets, pool.order, pool.overflow, source, pool.dropped, mean, scale, out,
         members, H, source.stride(0),
         ADD=add, PRECISION=precision, BLOCK=BLOCK, BLOCK_H=block_h, BLOCK_K=BLOCK_K,
         **launch_options(torch.version.hip is not None),

@@ -28,6 +28,8 @@ from copg_kernels.kernels.row_statistics import Partials
 BLOCK_ROWS = 128
 # A block that would keep more of the vocabulary is computed exactly: compact products would cost about as much.
 MOST_KEPT = 0.3
+# An eighth of the vocabulary in, hardly a column of a block was insignificant: it will not become compact.
+_EARLY, _HOPELESS = 0.125, 0.98
 # Every so many rows of a block say how its dropped mass spreads over the vocabulary.
 _SAMPLE = 8
 # Nats by which the label's logit may differ between a dot product of vectors and the GEMM.
@@ -81,52 +83,58 @@ def significant_columns_torch(
     partials, compacts = [], []
     for start in range(0, max(R, 1), rows_at_once):
         rows = slice(start, start + rows_at_once)
-        slices = _slices(hidden_states[rows], head, labels[rows], eps, workspace, give_up and start == 0)
-        if slices is None:
+        found = _slices(hidden_states[rows], head, labels[rows], eps, workspace, give_up and start == 0)
+        if found is None:
             return None
+        slices, overflowed = found
         partials.append(_partials(slices, hidden_states[rows]))
-        compacts.append(_compact(slices, partials[-1].label_logits, V))
+        compacts.append(_compact(slices, overflowed, partials[-1].label_logits))
     joined = Partials(*(torch.cat(field, -1) for field in zip(*partials, strict=True)))
     return joined, _joined(compacts)
 
 
 def _slices(
     hidden_states: Tensor, head: Head, labels: Tensor, eps: float, workspace: Tensor, give_up: bool
-) -> list[_Slice] | None:
-    """All slices of the vocabulary for some rows; a block that overflowed has no columns from there on."""
+) -> tuple[list[_Slice], list[bool]] | None:
+    """All slices of the vocabulary for some rows, and which blocks overflowed: they have no columns from there on."""
     R, V = hidden_states.shape[0], head.weight.shape[0]
-    kept = [0] * -(-R // BLOCK_ROWS)
+    kept, overflowed = ([zero] * -(-R // BLOCK_ROWS) for zero in (0, False))
     log_so_far = _label_logits(hidden_states, head, labels).double() - _MARGIN
     slices = []
     for start, stop in pairwise([*range(0, V, SPLIT_TORCH), V]):
         out = workspace[: R * (stop - start)].view(R, stop - start)
         tile = exp_tile_torch(hidden_states, head, labels, start, stop, out)
         log_so_far = torch.logaddexp(log_so_far, tile.base + tile.sums.log())
-        live = [count <= MOST_KEPT * V for count in kept]
-        if give_up and kept and not any(live):
+        if give_up and kept and all(overflowed):
             return None
         mass = tile.sums if head.softcap is None else out.sum(1).double()
         factor = (tile.base - log_so_far).exp().to(out.dtype)
-        slices.append(_Slice(tile._replace(tile=out[:0]), mass, log_so_far, *_significant(out, factor, eps, live)))
+        slices.append(
+            _Slice(tile._replace(tile=out[:0]), mass, log_so_far, *_significant(out, factor, eps, overflowed))
+        )
         kept = [count + columns.numel() for count, columns in zip(kept, slices[-1].columns, strict=True)]
-    return slices
+        most = min(MOST_KEPT * V, _HOPELESS * stop if stop >= _EARLY * V else V)
+        overflowed = [before or count > most for before, count in zip(overflowed, kept, strict=True)]
+    return slices, overflowed
 
 
 def _significant(
-    tile: Tensor, factor: Tensor, eps: float, live: list[bool]
+    tile: Tensor, factor: Tensor, eps: float, overflowed: list[bool]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """(R, width) exponentials, (R,) what makes them probabilities so far -> spread, columns, values: see _Slice."""
-    hits = tile >= (eps / factor).unsqueeze(1)
     spread = tile.new_zeros(tile.shape[1])
     columns, values = [], []
-    for block, is_live in enumerate(live):
+    threshold = (eps / factor).unsqueeze(1)
+    for block, skip in enumerate(overflowed):
         rows = slice(block * BLOCK_ROWS, (block + 1) * BLOCK_ROWS)
-        hit = hits[rows].any(0)
-        columns.append(hit.nonzero().squeeze(1) if is_live else hit.new_empty(0, dtype=torch.int64))
-        values.append(tile[rows].index_select(1, columns[-1]))
-        if is_live:
+        if skip:
+            columns.append(threshold.new_empty(0, dtype=torch.int64))
+        else:
+            hit = (tile[rows] >= threshold[rows]).any(0)
+            columns.append(hit.nonzero().squeeze(1))
             sample = slice(rows.start, rows.stop, _SAMPLE)
             spread += (factor[sample] @ tile[sample]).masked_fill_(hit, 0.0)
+        values.append(tile[rows].index_select(1, columns[-1]))
     return spread, columns, values
 
 
@@ -148,7 +156,7 @@ def _partials(slices: list[_Slice], hidden_states: Tensor) -> Partials:
     )
 
 
-def _compact(slices: list[_Slice], label_logits: Tensor, vocab_size: int) -> Compact:
+def _compact(slices: list[_Slice], overflowed: list[bool], label_logits: Tensor) -> Compact:
     """Values and masses, now that the log-sum-exp of every row is known."""
     dtype = label_logits.dtype
     z_label = label_logits.double()
@@ -162,13 +170,13 @@ def _compact(slices: list[_Slice], label_logits: Tensor, vocab_size: int) -> Com
         label_values[part.tile.held] *= part.tile.label_slope
     dropped = torch.stack([part.mass * factor for part, factor in zip(slices, factors, strict=True)]).sum(0)
     columns, values, overflow = [], [], torch.zeros_like(z_label, dtype=torch.bool)
-    for block in range(len(slices[0].columns)):
+    for block, skip in enumerate(overflowed):
         rows = slice(block * BLOCK_ROWS, (block + 1) * BLOCK_ROWS)
-        columns.append(torch.cat([part.columns[block] + part.tile.start for part in slices]))
-        overflow[rows] = columns[-1].numel() > MOST_KEPT * vocab_size
-        if overflow[rows].any():
-            columns[-1] = columns[-1][:0]
+        if skip:
+            overflow[rows] = True
+            columns.append(slices[0].columns[block][:0])
             continue
+        columns.append(torch.cat([part.columns[block] + part.tile.start for part in slices]))
         pieces = [p.values[block] * f[rows, None].to(dtype) for p, f in zip(slices, factors, strict=True)]
         values.append(torch.cat(pieces, 1))
         dropped[rows] -= values[-1].sum(1)
