@@ -98,7 +98,8 @@ def _slices(
 ) -> tuple[list[_Slice], list[bool]] | None:
     """All slices of the vocabulary for some rows, and which blocks overflowed: they have no columns from there on."""
     R, V = hidden_states.shape[0], head.weight.shape[0]
-    kept, overflowed = ([zero] * -(-R // BLOCK_ROWS) for zero in (0, False))
+    num_blocks = -(-R // BLOCK_ROWS)
+    kept, overflowed = [0] * num_blocks, [False] * num_blocks
     log_so_far = _label_logits(hidden_states, head, labels).double() - _MARGIN
     slices = []
     for start, stop in pairwise([*range(0, V, SPLIT_TORCH), V]):
