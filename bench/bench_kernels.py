@@ -15,8 +15,10 @@ import torch
 
 from bench.inputs import SHAPES
 from bench.tiles import Tiles, make_tiles
+from copg_kernels.kernels.compact_tile import BLOCK, compact_tile
 from copg_kernels.kernels.contrast import Completions
-from copg_kernels.kernels.linear_logps_fwd import Partials
+from copg_kernels.kernels.gather_product import gather_product
+from copg_kernels.kernels.row_statistics import Partials
 
 pytest.importorskip("pytest_benchmark")
 
@@ -72,6 +74,44 @@ def test_contrast(benchmark: Any, tiles: Tiles, partials: Partials) -> None:
         inputs.cu_seqlens, groups, inputs.ref_logps, inputs.rewards, inputs.beta, False, len(groups) - 1
     )
     bench(benchmark, lambda: tiles.ops.contrast_fwd(partials, tiles.rows, completions))
+
+
+@pytest.mark.benchmark(group="tile that stays")
+def test_exp_tiles(benchmark: Any, tiles: Tiles) -> None:
+    workspace = tiles.kept_workspace()
+    bench(benchmark, lambda: tiles.ops.exp_tiles(tiles.hidden_states, tiles.head, tiles.rows, workspace))
+
+
+@pytest.mark.benchmark(group="tile that stays")
+def test_kept_logits_gemm(benchmark: Any, tiles: Tiles) -> None:
+    test_logits_gemm(benchmark, tiles)
+
+
+@pytest.mark.benchmark(group="tile that stays")
+def test_place_labels(benchmark: Any, tiles: Tiles) -> None:
+    operands = (tiles.hidden_states, tiles.head, tiles.rows)
+    partials, kept = tiles.ops.exp_tiles(*operands, tiles.kept_workspace())
+    statistics = tiles.ops.merge_splits_fwd(partials, tiles.rows)
+    bench(benchmark, lambda: tiles.ops.place_labels(kept, *operands, *statistics))
+
+
+@pytest.mark.benchmark(group="compact tile")
+@pytest.mark.skipif(not CUDA, reason="needs the kernels")
+@pytest.mark.parametrize("rows_in_blocks", [True, False], ids=["dX", "dW"])
+def test_compact_tile_and_product(benchmark: Any, tiles: Tiles, rows_in_blocks: bool) -> None:
+    operands = (tiles.hidden_states, tiles.head, tiles.rows)
+    partials, kept = tiles.ops.exp_tiles(*operands, tiles.kept_workspace())
+    (part,) = tiles.ops.place_labels(kept, *operands, *tiles.ops.merge_splits_fwd(partials, tiles.rows))
+    source = tiles.head.weight if rows_in_blocks else tiles.hidden_states
+    out = torch.empty(part.tile.shape[not rows_in_blocks], source.shape[1], device=DEVICE)
+    capacity = int(0.3 * part.tile.numel() / BLOCK)
+    mean = torch.zeros(source.shape[1], device=DEVICE)
+
+    def run() -> None:
+        pool = compact_tile(part, tiles.rows, 2.0**-14, capacity, source.dtype, rows_in_blocks=rows_in_blocks)
+        gather_product(pool, source, mean, None, out, "ieee", add=False)
+
+    bench(benchmark, run)
 
 
 @pytest.mark.benchmark(group="gradient tile, one slice of the vocabulary")

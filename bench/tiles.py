@@ -9,10 +9,10 @@ from torch import Tensor
 
 from bench.inputs import BenchInputs, Shape, make_inputs
 from copg_kernels.kernels.head import Head
-from copg_kernels.kernels.linear_logps_fwd import Partials
 from copg_kernels.kernels.pack_rows import PackedRows
+from copg_kernels.kernels.row_statistics import Partials
 from copg_kernels.schedules.tile_ops import TileOps, counted_rows, tile_ops
-from copg_kernels.schedules.workspace import default_workspace_bytes, slice_width
+from copg_kernels.schedules.workspace import default_workspace_bytes, kept_elements, slice_width
 
 
 class Tiles(NamedTuple):
@@ -26,6 +26,12 @@ class Tiles(NamedTuple):
     def forward(self) -> Partials:
         budget = default_workspace_bytes(self.backend)
         return self.ops.linear_logps_fwd(self.hidden_states, self.head, self.rows, budget)
+
+    def kept_workspace(self) -> Tensor:
+        """Room for the exponentials of every row and entry."""
+        return self.hidden_states.new_empty(
+            (kept_elements(len(self.rows.row_index), self.head.weight.shape[0], self.backend),)
+        )
 
     def gradient_tile(self) -> Tensor:
         """An empty tile for one slice of the vocabulary."""

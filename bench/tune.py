@@ -74,7 +74,7 @@ def tune_blocks(tiles: Tiles, rounds: Rounds) -> Blocks:
 
 
 def compare(tiles: Tiles, key: tuple[str, int], old: Blocks, new: Blocks, rounds: Rounds) -> float | str:
-    """Time of both kernels with `new` over their time with `old`: one entry serves both, so their sum decides."""
+    """Time of the kernels with `new` over their time with `old`: one entry serves all, so their sum decides."""
     cases: dict[tuple[str, str], Callable[[], object]] = {}
     for name, blocks in (("old", old), ("new", new)):
         cases |= {(name, kernel): _with_blocks(key, blocks, run) for kernel, run in kernels(tiles).items()}
@@ -89,11 +89,16 @@ def compare(tiles: Tiles, key: tuple[str, int], old: Blocks, new: Blocks, rounds
 
 
 def kernels(tiles: Tiles) -> dict[str, Callable[[], object]]:
-    """The two that read the table: logits to statistics, and one slice's gradient tile."""
+    """Those that read the table: logits to statistics, the tile that stays, and one slice's gradient tile."""
     token_logps, lse = tiles.ops.merge_splits_fwd(tiles.forward(), tiles.rows)
     out = tiles.gradient_tile()
     operands = (tiles.hidden_states, tiles.head, tiles.rows, token_logps, lse, 0, out)
-    return {"forward": tiles.forward, "tile": lambda: tiles.ops.softmax_minus_label(*operands)}
+    kept = (*operands[:3], tiles.kept_workspace())
+    return {
+        "forward": tiles.forward,
+        "kept": lambda: tiles.ops.exp_tiles(*kept),
+        "tile": lambda: tiles.ops.softmax_minus_label(*operands),
+    }
 
 
 def _with_blocks(key: tuple[str, int], blocks: Blocks, run: Callable[[], object]) -> Callable[[], object]:

@@ -99,7 +99,10 @@ def _head_product(compact: Compact, labels: Tensor, scaled: Tensor) -> Tensor:
     for rows, columns, values in compact.blocks():
         # A block's columns are distinct: gathered, added to and put back, in a fixed order.
         product.index_copy_(0, columns, product.index_select(0, columns).addmm_(values.T, scaled[rows]))
-    return product.index_add_(0, labels, scaled * compact.label_values.unsqueeze(1))
+    at_labels = scaled * compact.label_values.unsqueeze(1)
+    if product.is_cuda:  # where index_add_ adds in no fixed order
+        return product.index_put_((labels,), at_labels, accumulate=True)
+    return product.index_add_(0, labels, at_labels)
 
 
 def statistics(compact: Compact, vocab_size: int) -> Tensor:
