@@ -47,6 +47,7 @@ class Config:
 
     # The run.
     impl: str = option("fused", "head and loss of the training step", ("fused", "reference"))
+    sparse_eps: float = option(0.0, "gradients from softmax entries of at least this; 0 for exact ones")
     check: bool = option(False, "compute both on every batch and report the differences")
     device: str = option("auto", "auto takes the GPU where there is one", ("auto", "cpu", "cuda"))
     dtype: str = option("float32", "of transformer (autocast) and head operands", ("float32", "bfloat16"))
@@ -77,8 +78,18 @@ def validate(config: Config) -> None:
     if config.hidden_size % config.num_heads:
         sizes = f"{config.hidden_size} and {config.num_heads}"
         raise ValueError(f"--hidden-size must be a multiple of --num-heads, got {sizes}")
+    _validate_sparse_eps(config)
     if config.resume and not config.out:
         raise ValueError("--resume needs --out, the directory of the run to continue")
+
+
+def _validate_sparse_eps(config: Config) -> None:
+    if not 0 <= config.sparse_eps < 1:
+        raise ValueError(f"--sparse-eps must be at least 0 and below 1, got {config.sparse_eps}")
+    if config.sparse_eps and config.impl == "reference":
+        raise ValueError("--sparse-eps needs --impl fused: the reference's gradients are exact")
+    if config.sparse_eps and config.check:
+        raise ValueError("--sparse-eps and --check exclude each other: sparse gradients are meant to differ")
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -111,10 +122,13 @@ def parse_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None) ->
 
 
 def config_differences(saved: dict, config: Config) -> list[str]:
-    """The flags in which a checkpoint's configuration differs from this one, as text."""
-    now = asdict(config)
-    names = [name for name in now if name not in FREE_TO_CHANGE and saved.get(name) != now[name]]
-    return [f"--{_flag(name)} {saved.get(name)} there, {now[name]} here" for name in names]
+    """The flags in which a checkpoint's configuration differs from this one, as text.
+
+    A flag that is younger than the checkpoint has its default there.
+    """
+    there, here = asdict(Config()) | saved, asdict(config)
+    names = [name for name in here if name not in FREE_TO_CHANGE and there[name] != here[name]]
+    return [f"--{_flag(name)} {there[name]} there, {here[name]} here" for name in names]
 
 
 def _flag(name: str) -> str:

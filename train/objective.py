@@ -15,6 +15,7 @@ from train.batch import Batch
 class Objective(NamedTuple):
     loss: Tensor  # scalar, differentiable
     log_ratios: Tensor  # (N,) log pi - log pi_ref of each completion, detached
+    sparsity: dict[str, float]  # density, dropped and overflow of sparse gradients; empty for exact ones
 
 
 class HeadDifference(NamedTuple):
@@ -23,7 +24,10 @@ class HeadDifference(NamedTuple):
     parameter: str  # where that is
 
 
-def fused_objective(hidden_states: Tensor, lm_head_weight: Tensor, batch: Batch, beta: float) -> Objective:
+def fused_objective(
+    hidden_states: Tensor, lm_head_weight: Tensor, batch: Batch, beta: float, sparse_eps: float = 0.0
+) -> Objective:
+    """The loss is exact in any case; with sparse_eps its gradients come from a compact softmax."""
     output = linear_copg_loss(
         hidden_states,
         lm_head_weight,
@@ -34,8 +38,10 @@ def fused_objective(hidden_states: Tensor, lm_head_weight: Tensor, batch: Batch,
         group_size=batch.group_sizes[0],
         cu_groups=batch.cu_groups,
         cu_seqlens=batch.cu_seqlens,
+        sparse_eps=sparse_eps or None,
     )
-    return Objective(output.loss, output.log_ratios)
+    sparsity = {} if output.sparsity is None else output.sparsity._asdict()
+    return Objective(output.loss, output.log_ratios, {name: share.item() for name, share in sparsity.items()})
 
 
 def reference_objective(hidden_states: Tensor, lm_head_weight: Tensor, batch: Batch, beta: float) -> Objective:
@@ -50,12 +56,15 @@ def reference_objective(hidden_states: Tensor, lm_head_weight: Tensor, batch: Ba
         group_size=batch.group_sizes[0],
         cu_groups=batch.cu_groups,
     )
-    return Objective(loss, (logps - batch.ref_logps).detach())
+    return Objective(loss, (logps - batch.ref_logps).detach(), {})
 
 
-def objective(impl: str, hidden_states: Tensor, lm_head_weight: Tensor, batch: Batch, beta: float) -> Objective:
-    compute = fused_objective if impl == "fused" else reference_objective
-    return compute(hidden_states, lm_head_weight, batch, beta)
+def objective(
+    impl: str, hidden_states: Tensor, lm_head_weight: Tensor, batch: Batch, beta: float, sparse_eps: float
+) -> Objective:
+    if impl == "reference":
+        return reference_objective(hidden_states, lm_head_weight, batch, beta)
+    return fused_objective(hidden_states, lm_head_weight, batch, beta, sparse_eps)
 
 
 def completion_logps(hidden_states: Tensor, lm_head_weight: Tensor, batch: Batch) -> Tensor:

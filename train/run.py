@@ -15,12 +15,14 @@ What is the paper's algorithm (arXiv 2406.19185), and what is not:
 
     python train/run.py                       # docstrings; under three minutes on two CPU cores
     python train/run.py --check --steps 20    # fused against the float64 reference, every step
+    python train/run.py --sparse-eps 2.4e-4   # gradients from a compact softmax
     python train/run.py --data mine.jsonl --out runs/mine
     python train/run.py --data mine.jsonl --out runs/mine --resume
 
 `mine.jsonl` holds a line {"prompt": "...", "completions": ["...", "..."], "rewards": [1.0, 0.2]} per prompt.
 `--check` gives |loss_fused - loss_ref| and the largest ||g_fused - g_ref|| / ||g_ref|| over the parameter
-tensors; above 1e-5 in float32 the command fails.
+tensors; above 1e-5 in float32 the command fails. `--sparse-eps` logs what it kept of each step's softmax
+(density, dropped, overflow); train/sparse_learning.py compares what is learned with and without it.
 
 A run directory holds log.jsonl (configuration and versions, then a line per step), checkpoints/ and, for
 docstrings, data.jsonl. SIGINT and SIGTERM finish the step, write a checkpoint and leave; `--resume` takes the
@@ -102,10 +104,13 @@ def train_step(run: Run) -> dict[str, float | str]:
             "gradient_difference": difference.gradient,
             "worst": difference.parameter,
         }
-    loss, log_ratios = objective(config.impl, hidden_states, lm_head_weight, batch, config.beta)
+    loss, log_ratios, sparsity = objective(
+        config.impl, hidden_states, lm_head_weight, batch, config.beta, config.sparse_eps
+    )
     loss.backward()
     grad_norm = apply_gradients(run, config.lr, run.step)
     run.step += 1
+    record |= sparsity
     return record | {
         "loss": loss.item(),
         "margin": mean(reward_margin(log_ratios, batch)),
