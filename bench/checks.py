@@ -54,6 +54,7 @@ def check(
 ) -> list[Checked]:
     """A row per pass. Wrong log-probs cost a provider the time of every pass, for all are made of them."""
     runs, rows, logps = bind(provider, inputs), [], None
+    dtype = inputs.hidden_states.dtype
     wanted = [pass_name for pass_name in runs if pass_name in with_ceiling(passes)]
     for pass_name in runs:
         if pass_name != LOG_PROBS and pass_name not in wanted:
@@ -65,7 +66,7 @@ def check(
         logps = row.errors.logps if pass_name == LOG_PROBS else logps
         row = row._replace(errors=row.errors._replace(logps=logps))
         if row.status == "ok":
-            row = row._replace(status=wrong(row.errors, inputs.hidden_states.dtype) or "ok")
+            row = row._replace(status=wrong(row.errors, dtype, provider.gradient_error) or "ok")
         if pass_name in wanted:
             rows.append(row)
     return rows

@@ -12,11 +12,13 @@ from bench.providers import (
     load_compiled_eager,
     load_eager,
     load_ours,
+    load_ours_sparse,
     load_torch_linear_cross_entropy,
 )
 
 EAGER = "eager"
 OURS = "copg-kernels"
+OURS_SPARSE = "copg-kernels sparse"
 LOADERS: dict[str, Callable[[torch.device], Provider]] = {
     EAGER: load_eager,
     "compiled eager": load_compiled_eager,
@@ -32,4 +34,5 @@ LOADERS: dict[str, Callable[[torch.device], Provider]] = {
     "flash-attn on logits": peers.load_flash_attn,
     "quack (ceiling)": peers.load_quack,
     OURS: load_ours,
+    OURS_SPARSE: load_ours_sparse,
 }

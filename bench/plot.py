@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench.loaders import OURS
+from bench.loaders import OURS, OURS_SPARSE
 from bench.providers import FROZEN, LOG_PROBS, PASSES, TRAINABLE
 from bench.suites import CHOSEN, HEADS
 from bench.tables import title
@@ -88,7 +88,7 @@ def _finish(axis: Any) -> None:
 
 
 def _colors(rows: list[dict[str, Any]]) -> list[str]:
-    return ["tab:orange" if row["provider"] == OURS else "tab:blue" for row in rows]
+    return ["tab:orange" if row["provider"] in (OURS, OURS_SPARSE) else "tab:blue" for row in rows]
 
 
 def _timed(table: dict[str, Any], pass_name: str) -> list[dict[str, Any]]:

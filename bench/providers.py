@@ -29,12 +29,15 @@ MEAN_CE = "mean CE, no CoPG"
 PASSES = {LOG_PROBS: 1, TRAINABLE: 3, FROZEN: 2, UPSTREAM: 4, MEAN_CE: 3}
 TokenLogps = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden_states, lm_head_weight, labels -> (T,)
 Run = Callable[[], tuple[Tensor, ...]]
+# Of "copg-kernels sparse": the softmax entries below it are left out of the gradients one by one.
+SPARSE_EPS = 2.0**-14
 
 
 class Provider(NamedTuple):
     log_probs: Callable[[BenchInputs], Tensor] | None  # None: `loss` is a token-mean cross entropy, a ceiling for CoPG
     loss: Callable[[BenchInputs], Tensor]
     compiles_per_shape: bool = False
+    gradient_error: float = 0.0  # relative L2 by which dX and dW may be off by design, whatever the dtype's bound
 
 
 def composed(token_logps: TokenLogps) -> Provider:
@@ -117,10 +120,26 @@ def load_torch_linear_cross_entropy(device: torch.device) -> Provider:
 
 
 def load_ours(device: torch.device) -> Provider:
+    return _ours(None)
+
+
+def load_ours_sparse(device: torch.device) -> Provider:
+    """Off by up to 3e-3 with a base model's softmax; a mistake costs more than the bound of three times that."""
+    from copg_kernels import linear_logps
+
+    operand, labels = torch.zeros(64, 64, device=device), torch.zeros(64, dtype=torch.int64, device=device)
+    try:
+        linear_logps(operand, operand, labels, sparse_eps=SPARSE_EPS)
+    except ValueError as refusal:
+        raise ImportError(f"not available: {refusal}") from refusal
+    return _ours(SPARSE_EPS)._replace(gradient_error=1e-2)
+
+
+def _ours(sparse_eps: float | None) -> Provider:
     from copg_kernels import linear_copg_loss, linear_logps
 
     def log_probs(inputs: BenchInputs) -> Tensor:
-        return linear_logps(inputs.hidden_states, inputs.lm_head_weight, inputs.labels)
+        return linear_logps(inputs.hidden_states, inputs.lm_head_weight, inputs.labels, sparse_eps=sparse_eps)
 
     def loss(inputs: BenchInputs) -> Tensor:
         return linear_copg_loss(
@@ -132,6 +151,7 @@ def load_ours(device: torch.device) -> Provider:
             beta=inputs.beta,
             group_size=inputs.group_size,
             cu_seqlens=inputs.cu_seqlens,
+            sparse_eps=sparse_eps,
         ).loss
 
     return Provider(log_probs, loss)

@@ -3,6 +3,7 @@
     python bench/run.py                       the quick suite: one head, every provider, under three minutes
     python bench/run.py --suite full          every head, regime, case and scaling, under nine minutes on one H200
     python bench/run.py --shapes llama-3 gpt2 --regimes rl base --ignored 0.5 --repeats 30
+    python bench/run.py --from-run runs/mine  bench/sparse.py on a policy that train/run.py has trained
 
 Prints a table per shape and regime, and writes the same as JSON with its provenance, and as plots beside it.
 bench/README.md says how to read it.
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench import sparse
 from bench.fidelity import measure_fidelity
 from bench.inputs import REGIMES, SHAPES
 from bench.loaders import LOADERS
@@ -35,6 +37,7 @@ from bench.summaries import summaries
 from bench.tables import plain
 from bench.timing import Rounds
 
+JSON = ROOT / "bench" / "results" / "local" / "results.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 DEFAULT_SHAPE = {"cpu": "cpu-32k", "cuda": "llama-3"}
@@ -46,6 +49,8 @@ CHOICES = ("shapes", "regimes", "passes", "ignored", "group_size", "tokens", "co
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     options = parse(argv)
+    if options.from_run:
+        return sparse.main(["--from-run", str(options.from_run), "--json", str(options.json)])
     device = torch.device(options.device)
     results: dict[str, Any] = {"provenance": provenance(device), "suite": options.suite, "tables": [], "skipped": []}
     print(f"{results['provenance']['device']}, torch {torch.__version__}")
@@ -130,8 +135,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--providers", nargs="+", choices=LOADERS, metavar="NAME", help="of: " + ", ".join(LOADERS))
     add("--repeats", type=positive, help="rounds of timing; default: at most 5 on a CPU, 20 on a GPU")
     add("--seed", type=int, default=0)
-    add("--json", type=Path, default=ROOT / "bench" / "results" / "local" / "results.json")
+    add("--from-run", type=Path, metavar="DIR", help="what bench/sparse.py does with it; takes no option but --json")
+    add("--json", type=Path, help="default: results.json (--from-run: sparse.json) in bench/results/local/")
     options = parser.parse_args(argv)
+    if options.from_run:
+        others = [name for name, value in vars(options).items() if value != parser.get_default(name)]
+        if extra := set(others) - {"from_run", "json"}:
+            parser.error(f"--from-run takes no --{min(extra).replace('_', '-')}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     chosen = [name for name in CHOICES if getattr(options, name) is not None]
@@ -145,6 +155,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def fill_in(options: argparse.Namespace) -> None:
     """Defaults that depend on the device, or on another option."""
+    options.json = options.json or (sparse.JSON if options.from_run else JSON)
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.dtype = options.dtype or DEFAULT_DTYPE[options.device]
     options.providers = options.providers or list(LOADERS)

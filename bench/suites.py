@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from bench.inputs import CPU_SHAPES, MODEL_SHAPES, Shape
-from bench.loaders import EAGER, LOADERS, OURS
+from bench.loaders import EAGER, LOADERS, OURS, OURS_SPARSE
 from bench.providers import FROZEN, LOG_PROBS, TRAINABLE, UPSTREAM
 
 # The pair every comparison needs, with the one whose speed hangs on the regime: it drops negligible tiles.
@@ -41,7 +41,10 @@ def full(device: torch.device) -> list[Job]:
     return [
         Job(HEADS, main, passes=(*MAIN_PASSES, UPSTREAM)),
         *(Job(HEADS, shape) for shape in others),
-        *(Job("regimes", varied, regime, (TRAINABLE, FROZEN), FEW) for regime in ("base", "tuned", "flat")),
+        *(
+            Job("regimes", varied, regime, (TRAINABLE, FROZEN), (*FEW, OURS_SPARSE))  # it hangs on the regime, too
+            for regime in ("base", "tuned", "flat")
+        ),
         Job("ignored tokens", varied._replace(ignored=0.5), providers=FEW),
         _long_group(varied),
         *_growing(varied),

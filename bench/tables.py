@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import zip_longest
 from typing import Any
 
-from bench.loaders import EAGER, OURS
+from bench.loaders import EAGER, OURS, OURS_SPARSE
 from bench.timing import Floor
 
 HEADER = (
@@ -49,7 +49,7 @@ def fastest_line(table: dict[str, Any]) -> str:
         others = [
             (row["seconds"], row["provider"])
             for row in table["rows"]
-            if row["pass"] == pass_name and row["provider"] != OURS and row["seconds"] is not None
+            if row["pass"] == pass_name and row["provider"] not in (OURS, OURS_SPARSE) and row["seconds"] is not None
         ]
         if others and seconds:
             fastest, name = min(others)

@@ -106,8 +106,6 @@ def _slices(
         out = workspace[: R * (stop - start)].view(R, stop - start)
         tile = exp_tile_torch(hidden_states, head, labels, start, stop, out)
         log_so_far = torch.logaddexp(log_so_far, tile.base + tile.sums.log())
-        if give_up and kept and all(overflowed):
-            return None
         mass = tile.sums if head.softcap is None else out.sum(1).double()
         factor = (tile.base - log_so_far).exp().to(out.dtype)
         slices.append(
@@ -116,6 +114,8 @@ def _slices(
         kept = [count + columns.numel() for count, columns in zip(kept, slices[-1].columns, strict=True)]
         most = min(MOST_KEPT * V, _HOPELESS * stop if stop >= _EARLY * V else V)
         overflowed = [before or count > most for before, count in zip(overflowed, kept, strict=True)]
+        if give_up and kept and all(overflowed):
+            return None
     return slices, overflowed
 
 
