@@ -27,7 +27,7 @@ def room(monkeypatch):
     monkeypatch.setattr(sparse_tiles, "MOST_KEPT", 1.0)
 
 
-def softmax_slice(exact_slots: bool = True):
+def softmax_slice():
     """A tile of a softmax minus one-hot with its factors; the last tokens ignored."""
     labels = torch.randint(V, (T,), device=DEVICE)
     labels[-10:] = -100
