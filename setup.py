@@ -28,11 +28,20 @@ setup(
         "numpy>=2.3",
     ],
     extras_require={
-        "train": ["transformers>=5.17", "tokenizers>=0.23.1", "safetensors>=0.8", "tqdm>=4.67"],
+        "train": [
+            "transformers>=5.17",
+            "tokenizers>=0.23.1",
+            "safetensors>=0.8",
+            "datasets>=5.2",
+            "peft>=0.21.2",
+            "tensorboard>=2.21",
+            "tqdm>=4.67",
+        ],
         # No bound: it builds against the CUDA and torch it finds, and we have no tested release to name.
         "flash": ["flash-attn"],
         "bench": ["pytest>=8.4", "pytest-benchmark>=5.1", "matplotlib>=3.10", "tqdm>=4.67"],
-        "test": ["pytest>=8.4", "pytest-xdist>=3.8"],
+        # TRL for its own losses, which ours are compared with.
+        "test": ["pytest>=8.4", "pytest-xdist>=3.8", "trl>=1.16"],
         # Apart from `test`, so that a machine without a network can run the tests with the packages it has.
         "lint": ["ruff>=0.17.5", "mypy>=2.4.1"],
     },
