@@ -30,6 +30,9 @@ BLOCK_ROWS = 128
 MOST_KEPT = 0.3
 # An eighth of the vocabulary in, hardly a column of a block was insignificant: it will not become compact.
 _EARLY, _HOPELESS = 0.125, 0.98
+# One in so many blocks, the first ones, shows whether it is worth going on: a block that overflows late has spent the
+# logits of its rows for nothing.
+_PROBE = 8
 # Every so many rows of a block say how its dropped mass spreads over the vocabulary.
 _SAMPLE = 8
 # Nats by which the label's logit may differ between a dot product of vectors and the GEMM.
@@ -74,15 +77,17 @@ def significant_columns_torch(
 ) -> tuple[Partials, Compact] | None:
     """Packed rows (R, H), head (V, H), (R,) labels -> row statistics and the compact softmax.
 
-    With give_up, None as soon as no block of the first rows is compact: it is not worth going on.
+    With give_up, None where most of the first rows overflow: exact gradients of all rows will cost less.
     """
     R, V = hidden_states.shape[0], head.weight.shape[0]
     bytes_per_block = BLOCK_ROWS * min(SPLIT_TORCH, V) * hidden_states.element_size()
     rows_at_once = max(1, workspace_bytes // bytes_per_block) * BLOCK_ROWS
     workspace = hidden_states.new_empty((min(R, rows_at_once) * min(SPLIT_TORCH, V),))
+    probe = max(1, R // (_PROBE * BLOCK_ROWS)) * BLOCK_ROWS
+    first = min(probe, rows_at_once) if give_up else rows_at_once
     partials, compacts = [], []
-    for start in range(0, max(R, 1), rows_at_once):
-        rows = slice(start, start + rows_at_once)
+    for start, stop in pairwise([0, *range(first, R, rows_at_once), R]):
+        rows = slice(start, stop)
         found = _slices(hidden_states[rows], head, labels[rows], eps, workspace, give_up and start == 0)
         if found is None:
             return None
@@ -114,7 +119,7 @@ def _slices(
         kept = [count + columns.numel() for count, columns in zip(kept, slices[-1].columns, strict=True)]
         most = min(MOST_KEPT * V, _HOPELESS * stop if stop >= _EARLY * V else V)
         overflowed = [before or count > most for before, count in zip(overflowed, kept, strict=True)]
-        if give_up and kept and all(overflowed):
+        if give_up and sum(overflowed) > len(overflowed) / 2:
             return None
     return slices, overflowed
 
