@@ -214,7 +214,7 @@ def plot_regret(axis: Any, curves: dict[str, dict], rest_points: dict[str, dict]
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=10, help="seeds to run, from 0 on (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds to run, from 0 on (%(default)s)")
     parser.add_argument("--epochs", type=int, default=PAPER_EPOCHS, help="epochs of the network (%(default)s)")
     parser.add_argument("--bare-epochs", type=int, default=300, help="epochs of the bare logits (%(default)s)")
     parser.add_argument("--out", default="runs/bandit", help="directory for results.json and regret.png (%(default)s)")
