@@ -200,7 +200,7 @@ def _mean_over_ranked(losses: Tensor, sign: Tensor) -> Tensor:
 
 
 def _regularized(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    return (rewards - beta * (logps - ref_logps)).detach()
+    return rewards - beta * (logps - ref_logps)
 
 
 def _leave_one_out(values: Tensor, group_size: int) -> Tensor:
