@@ -1,9 +1,25 @@
 """The loss family around CoPG, on sequence log-probabilities; one signature, so that each can stand in for another.
 
 All take (logps, ref_logps, rewards, *, beta, group_size=2): (N,) tensors of consecutive groups of k completions of one
-prompt, in nats and in units of reward; logps may be sums over tokens or averages, as long as ref_logps are the same.
-Only logps is differentiable. l_i = logps_i - ref_logps_i and A_i = rewards_i - beta * l_i throughout. All raise
-TypeError or ValueError for what `copg_kernels.copg_loss` refuses. Losses on pairs take every pair of a group.
+prompt, in nats and in units of reward, and return a scalar float32 (float64 for float64 logps). Only logps is
+differentiable. l_i = logps_i - ref_logps_i and A_i = rewards_i - beta * l_i throughout. All raise TypeError or
+ValueError for what `copg_kernels.copg_loss` refuses. Losses on pairs take every pair of a group.
+
+Averaged log-likelihoods (Grinsztajn et al., https://arxiv.org/abs/2406.19188) fit every loss here and `copg_loss`:
+
+    logps_i = 1/|y_i| sum_t log pi(y_it | x, y_i<t),    ref_logps_i averaged in the same way
+
+from `sequence_logps(average=True)` or `linear_sequence_loss(average_logps=True)`; |y| counts the tokens that are not
+ignored. The losses stay as they are, each token's gradient is divided by |y_i|, and beta weighs a nat per token: the
+pull to the reference stays about the same with beta times the mean |y|. The optimum moves. Where all A_i of a prompt
+are equal, which is where CoPG, RLOO and REBEL come to rest, the policy is then
+
+    pi(y) = pi_ref(y) exp(|y| (R(y) - c) / beta),    c such that pi sums to one,
+
+so completions with a reward above c gain in proportion to their length and those below it lose. The gradients of
+RLOO, REINFORCE and PPO are then no policy gradients, not even on the policy's own completions.
+
+docs/methods.md lists published methods that are one of these losses under another name, with the constants.
 """
 
 from __future__ import annotations
@@ -20,12 +36,12 @@ def ipo_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float, 
         loss = mean over pairs of (d - 1 / (2 beta))^2,    d = l_winner - l_loser
 
     The winner is the completion with the higher reward; pairs of equal rewards are left out. The gradient pulls d to
-    1 / (2 beta), however large the difference in reward is. CoPG with rewards of +-1/4 is beta / 4 times this.
+    1 / (2 beta), however large the difference in reward is. CoPG on pairs with rewards of +-1/4 is beta / 4 times this.
 
     Reference: Azar et al., A General Theoretical Paradigm to Understand Learning from Human Preferences, AISTATS 2024,
     https://arxiv.org/abs/2310.12036.
     """
-    _check(logps, ref_logps, rewards, beta, group_size)
+    logps, ref_logps, rewards = _checked(logps, ref_logps, rewards, beta, group_size)
     gap, sign = _pairs(logps, ref_logps, rewards, group_size)
     return _mean_over_ranked((gap * sign - 1 / (2 * beta)) ** 2, sign)
 
@@ -40,7 +56,7 @@ def dpo_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float, 
 
     Reference: Rafailov et al., Direct Preference Optimization, NeurIPS 2023, https://arxiv.org/abs/2305.18290.
     """
-    _check(logps, ref_logps, rewards, beta, group_size)
+    logps, ref_logps, rewards = _checked(logps, ref_logps, rewards, beta, group_size)
     gap, sign = _pairs(logps, ref_logps, rewards, group_size)
     return _mean_over_ranked(-torch.nn.functional.logsigmoid(beta * gap * sign), sign)
 
@@ -50,12 +66,12 @@ def rloo_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float,
 
         loss = mean over groups of -(1/k) sum_i sg(A_i - mean_{j != i} A_j) * logps_i        sg: no gradient
 
-    The value means nothing; the gradient is minus the policy gradient, and equals that of `copg_loss`: CoPG is what
-    makes this estimator right for the completions of any other policy.
+    The value means nothing. The gradient is minus the policy gradient for completions of the policy itself, and for any
+    completions that of `copg_loss`: CoPG is what makes this estimator right for the completions of another policy.
 
     Reference: Ahmadian et al., Back to Basics, ACL 2024, https://arxiv.org/abs/2402.14740.
     """
-    _check(logps, ref_logps, rewards, beta, group_size)
+    logps, ref_logps, rewards = _checked(logps, ref_logps, rewards, beta, group_size)
     return _policy_gradient(logps, _leave_one_out(_regularized(logps, ref_logps, rewards, beta), group_size))
 
 
@@ -80,9 +96,13 @@ def reinforce_loss(
 
     Reference: Williams, Simple Statistical Gradient-Following Algorithms, Machine Learning 8, 1992.
     """
-    _check(logps, ref_logps, rewards, beta, group_size)
-    if isinstance(baseline, Tensor) and baseline.shape not in ((), logps.shape):
-        raise ValueError(f"baseline must be a number or have shape {tuple(logps.shape)}, got {tuple(baseline.shape)}")
+    logps, ref_logps, rewards = _checked(logps, ref_logps, rewards, beta, group_size)
+    if isinstance(baseline, Tensor):
+        if baseline.shape not in ((), logps.shape):
+            raise ValueError(
+                f"baseline must be a number or have shape {tuple(logps.shape)}, got {tuple(baseline.shape)}"
+            )
+        baseline = baseline.to(logps.dtype)
     return _policy_gradient(logps, _regularized(logps, ref_logps, rewards, beta) - baseline)
 
 
@@ -91,11 +111,12 @@ def raft_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float,
 
         loss = mean over groups of -logps_{argmax_i rewards_i}
 
-    Of equal best rewards the first counts. ref_logps and beta take no part: nothing holds the policy back.
+    Of equal best rewards the first counts. The gradient raises the best completion and nothing lowers the others;
+    ref_logps and beta take no part, so nothing holds the policy back.
 
     Reference: Dong et al., RAFT, TMLR 2023, https://arxiv.org/abs/2304.06767.
     """
-    _check(logps, ref_logps, rewards, beta, group_size)
+    logps, ref_logps, rewards = _checked(logps, ref_logps, rewards, beta, group_size)
     best = rewards.view(-1, group_size).argmax(1, keepdim=True)
     return -logps.view(-1, group_size).gather(1, best).mean()
 
@@ -124,10 +145,11 @@ def ppo_loss(
 
     Reference: Schulman et al., Proximal Policy Optimization Algorithms, https://arxiv.org/abs/1707.06347.
     """
-    _check(logps, ref_logps, rewards, beta, group_size)
+    logps, ref_logps, rewards = _checked(logps, ref_logps, rewards, beta, group_size)
     checks.check_old_logps(old_logps, logps, clip)
+    old_logps = old_logps.detach().to(logps.dtype)
     advantages = _leave_one_out(_regularized(old_logps, ref_logps, rewards, beta), group_size)
-    ratio = (logps - old_logps.detach()).exp()
+    ratio = (logps - old_logps).exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
 
 
@@ -136,21 +158,26 @@ def rebel_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float
 
         loss = mean over pairs of (d - eta * dR)^2,    d = l_i - l_j,  dR = rewards_i - rewards_j,  eta = 1 / beta
 
-    ref_logps are the previous policy's, which sampled the completions. The gradient is CoPG's times 4 / beta (k = 2);
+    ref_logps are the previous policy's, which sampled the completions. The loss is 4 / beta times CoPG's, for every k;
     what differs is the anchor, which moves with every iteration.
 
     Reference: Gao et al., REBEL, NeurIPS 2024, https://arxiv.org/abs/2404.16767.
     """
-    _check(logps, ref_logps, rewards, beta, group_size)
+    logps, ref_logps, rewards = _checked(logps, ref_logps, rewards, beta, group_size)
     first, second = _pair_index(group_size, logps.device)
-    log_ratios = (logps - ref_logps.detach()).view(-1, group_size)
-    scaled = (rewards.detach() / beta).view(-1, group_size)
+    log_ratios = (logps - ref_logps).view(-1, group_size)
+    scaled = (rewards / beta).view(-1, group_size)
     residual = log_ratios - scaled
     return ((residual[:, first] - residual[:, second]) ** 2).mean()
 
 
-def _check(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float, group_size: int) -> None:
+def _checked(
+    logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors in the dtype of the result: a loss that stayed in bfloat16 would sum and subtract in 8 bits."""
     checks.check_loss_inputs(logps, ref_logps, rewards, beta, group_size, None)
+    dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
+    return logps.to(dtype), ref_logps.detach().to(dtype), rewards.detach().to(dtype)
 
 
 def _pair_index(group_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -161,8 +188,8 @@ def _pair_index(group_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def _pairs(logps: Tensor, ref_logps: Tensor, rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """l_i - l_j of every pair, and +1, -1 or 0 for which one is preferred."""
     first, second = _pair_index(group_size, logps.device)
-    log_ratios = (logps - ref_logps.detach()).view(-1, group_size)
-    grouped = rewards.detach().view(-1, group_size)
+    log_ratios = (logps - ref_logps).view(-1, group_size)
+    grouped = rewards.view(-1, group_size)
     gap = log_ratios[:, first] - log_ratios[:, second]
     return gap, (grouped[:, first] - grouped[:, second]).sign()
 
@@ -173,7 +200,7 @@ def _mean_over_ranked(losses: Tensor, sign: Tensor) -> Tensor:
 
 
 def _regularized(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    return (rewards - beta * (logps - ref_logps)).detach()
+    return rewards - beta * (logps - ref_logps)
 
 
 def _leave_one_out(values: Tensor, group_size: int) -> Tensor:
