@@ -1,0 +1,37 @@
+"""How the policy's log-ratios rank the completions of each group, against their rewards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+METRICS = ("log_ratio", "log_ratio_margin", "accuracy")
+
+
+def group_metrics(log_ratios: Tensor, rewards: Tensor, group_sizes: Tensor) -> Tensor:
+    """(G, 3), one row per group, one column per name of METRICS.
+
+    With l = log pi - log pi_ref of each completion, (N,):
+        log_ratio         mean of l; minus the KL divergence from the reference where that sampled the completions
+        log_ratio_margin  mean of l_i - l_j over the pairs with rewards_i > rewards_j, in nats; NaN without such pairs
+        accuracy          share of those pairs with l_i > l_j; NaN without such pairs
+
+    Nothing synchronises with the host.
+    """
+    group = torch.repeat_interleave(group_sizes, output_size=rewards.numel())
+    better = (group[:, None] == group) & (rewards[:, None] > rewards)
+    gaps = log_ratios[:, None] - log_ratios
+
+    def total(per_completion: Tensor) -> Tensor:
+        zeros = torch.zeros(group_sizes.shape, dtype=log_ratios.dtype, device=log_ratios.device)
+        return zeros.index_add(0, group, per_completion.to(log_ratios.dtype))
+
+    num_pairs = total(better.sum(1))  # 0 / 0 = NaN is meant
+    margins = total(gaps.where(better, 0.0).sum(1)) / num_pairs
+    accuracies = total((better & (gaps > 0)).sum(1)) / num_pairs
+    return torch.stack([total(log_ratios) / group_sizes, margins, accuracies], dim=1)
+
+
+def mean_over_groups(table: Tensor) -> dict[str, float]:
+    """The columns' means over the groups that have them."""
+    return dict(zip(METRICS, table.nanmean(0).tolist(), strict=True))
