@@ -1,12 +1,13 @@
 """Sparse gradients in the benchmark: the provider's own bound, the error table, the softmax of a trained run."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
 
 import copg_kernels
-from bench import accuracy, checks, loaders, providers, sparse, suites, tables
+from bench import accuracy, checks, granularity, loaders, providers, sparse, suites, tables
 from bench.inputs import Shape, make_inputs
 from bench.timing import Rounds
 from copg_kernels import linear_logps, sequence_logps
@@ -273,3 +274,33 @@ def test_run_directory_that_is_none_is_refused(tiny_run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         sparse.main(["--from-run", str(tiny_run[1])])
     assert "the data have changed" in capsys.readouterr().err
+
+
+# The form of what is kept
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_forms_keep_what_they_say_and_multiply_it(monkeypatch):
+    """Coarser forms keep more and lose less; products are checked against dense ones by `errors` itself."""
+    monkeypatch.setattr(granularity, "ROUNDS", Rounds(1))
+    shape, eps = Shape("small", 4000, 32, 256, 128), 2.0**-12
+    table = granularity.measure(shape, "rl", eps, lambda: None)
+    rows = {row["form"]: row for row in table["rows"]}
+    softmax = granularity.make_softmax(shape, "rl")
+    for share in granularity.ENTRY_EPS:
+        kept = (softmax.probabilities >= eps * share).double().mean().item()
+        assert rows[f"entries, {sparse.power_of_two(eps * share)}"]["kept"] == pytest.approx(kept)
+    single, *unions = (rows[name] for name in ("entries, 2^-12", *(f"columns per {n} tokens" for n in (32, 64, 128))))
+    for fine, coarse in pairwise([single, *unions, rows["128 x 128 tiles"]]):
+        assert fine["kept"] < coarse["kept"] and fine["dhidden_error"] > coarse["dhidden_error"]
+    assert "columns per 128 tokens" in granularity.summary(table).plain()
+
+
+def test_wrong_products_are_found():
+    softmax = granularity.make_softmax(Shape("small", 500, 8, 64, 32), "rl")
+    form = granularity.column_union(softmax, 2.0**-12, 32)
+    operands = (granularity.dense_products(softmax), granularity.exact_gradients(softmax))
+    granularity.errors(form, softmax, *operands)
+    with pytest.raises(AssertionError, match="products are wrong"):
+        granularity.errors(form._replace(kept=~form.kept), softmax, *operands)

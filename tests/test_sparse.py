@@ -253,6 +253,27 @@ def test_nothing_compact_takes_the_exact_schedule(monkeypatch):
     assert all(torch.equal(*pair) for pair in pairs)
 
 
+def test_late_overflow_costs_an_eighth_of_the_logits(monkeypatch):
+    """Blocks that keep a little too much show it only at the end of the vocabulary: one in eight is let run there."""
+    inputs = make_inputs(Shape("", V, H, 1024, 128), "rl", torch.float32, DEVICE)
+    inputs.hidden_states.detach().mul_(0.3)
+    batch = dict(zip(("hidden_states", "lm_head_weight", "labels", "ref_logps", "rewards"), inputs[:5], strict=True))
+    options = dict(beta=0.1, cu_seqlens=inputs.cu_seqlens, backend="torch")
+    density = linear_copg_loss(**batch, **options, sparse_eps=EPS).sparsity.density.item()
+    monkeypatch.setattr(significant_columns, "MOST_KEPT", 0.9 * density)
+    computed = []
+    original = significant_columns.exp_tile_torch
+
+    def counting(hidden_states, head, labels, start, stop, out):
+        computed.append(out.numel())
+        return original(hidden_states, head, labels, start, stop, out)
+
+    monkeypatch.setattr(significant_columns, "exp_tile_torch", counting)
+    output = linear_copg_loss(**batch, **options, sparse_eps=EPS)
+    assert output.sparsity.overflow == 1 and output.gemm_units == 3
+    assert sum(computed) == 1024 // 8 * V
+
+
 def test_padded_and_packed_agree():
     hidden_states, weight, labels = operands("rl")
     packed = batch_of((hidden_states, weight, labels), [75] * 4)
