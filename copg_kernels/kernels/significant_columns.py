@@ -25,6 +25,8 @@ from copg_kernels.kernels.exp_tile import ExpTile, exp_tile_torch
 from copg_kernels.kernels.head import Head, finish_torch
 from copg_kernels.kernels.row_statistics import Partials
 
+# Columns rather than single entries, which need an eps four times lower for the same error and cost more then, and
+# blocks of any size from 32 to 256 (bench/granularity.py). 128 is what the kernels' tiles are made of.
 BLOCK_ROWS = 128
 # A block that would keep more of the vocabulary is computed exactly: compact products would cost about as much.
 MOST_KEPT = 0.3
