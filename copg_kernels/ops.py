@@ -14,6 +14,7 @@ from copg_kernels.kernels.contrast import Completions
 from copg_kernels.kernels.head import Head
 from copg_kernels.schedules import closed_groups, forward, recompute
 from copg_kernels.schedules import frozen_head as frozen
+from copg_kernels.schedules.chunks import Batch
 from copg_kernels.schedules.tile_ops import accumulation_dtype, kept_dtype
 
 
@@ -186,7 +187,7 @@ def linear_copg_op(
     with on_device(hidden_states, workspace_bytes):
         head = Head(row_major(lm_head_weight), bias, logit_scale, softcap, temperature)
         contrast, gradients, units, statistics = closed_groups.copg(
-            closed_groups.Batch(row_major(hidden_states), head, labels, completions, ignore_index),
+            Batch(row_major(hidden_states), head, labels, completions, ignore_index),
             recompute.Needs(*needs),
             sparse_eps=sparse_eps,
             workspace_bytes=workspace_bytes,

@@ -17,6 +17,7 @@ from copg_kernels.kernels.row_statistics import Partials
 from copg_kernels.linear_logps import linear_logps
 from copg_kernels.ops import on_device, row_major
 from copg_kernels.schedules import closed_groups, recompute
+from copg_kernels.schedules.chunks import Batch, Chunk, chunks_of
 from copg_kernels.schedules.sparse_softmax import Sparsity
 from copg_kernels.schedules.tile_ops import can_keep_tiles, tile_ops
 
@@ -100,7 +101,7 @@ def linear_sequence_loss(
         )
         head = Head(lm_head_weight.detach(), None if bias is None else bias.detach(), logit_scale, softcap, temperature)
         tokens = (hidden_states.detach().reshape(-1, hidden_states.shape[-1]), labels.reshape(-1))
-        batch = closed_groups.Batch(tokens[0], head, tokens[1], completions, ignore_index)
+        batch = Batch(tokens[0], head, tokens[1], completions, ignore_index)
         output = _in_closed_groups(batch, inputs, recompute.Needs(*trains), value_of, workspace, backend)
         if output is not None:
             return output
@@ -129,7 +130,7 @@ def linear_sequence_loss(
 
 
 def _in_closed_groups(
-    batch: closed_groups.Batch,
+    batch: Batch,
     inputs: Sequence[Tensor | None],
     needs: recompute.Needs,
     value_of: Callable[[Tensor], Tensor],
@@ -145,13 +146,13 @@ def _in_closed_groups(
             hidden_states=row_major(batch.hidden_states),
             head=batch.head._replace(weight=row_major(batch.head.weight)),
         )
-        chunks = closed_groups.chunks_of(batch, needs, **options)
+        chunks = chunks_of(batch, needs, **options)
         if chunks is None:
             return None
         # A chunk's coefficients are taken from the loss of all completions, those to come still at the reference.
         logps = completions.ref_logps.clone()
         contrast = _contrast(batch, logps, chunks, value_of, tile_ops(backend).contrast_fwd)
-        contrasted, gradients = closed_groups.in_chunks(batch, chunks, needs, contrast, backend)
+        contrasted, gradients, _ = closed_groups.in_chunks(batch, chunks, needs, contrast, backend)
         value, dlogps = _derivative(value_of, logps)
         units = 1 + needs.hidden_states + needs.weight
         if len(chunks) > 1 and not _agree(contrasted.coefficients, dlogps, batch):
@@ -164,9 +165,9 @@ def _in_closed_groups(
 
 
 def _contrast(
-    batch: closed_groups.Batch,
+    batch: Batch,
     logps: Tensor,
-    chunks: list[closed_groups.Chunk],
+    chunks: list[Chunk],
     value_of: Callable[[Tensor], Tensor],
     contrast_fwd: Callable[[Partials, PackedRows, Completions], Contrast],
 ) -> Callable[[Partials, PackedRows, Completions], Contrast]:
@@ -193,7 +194,7 @@ def _derivative(value_of: Callable[[Tensor], Tensor], logps: Tensor) -> tuple[Te
         return value.detach(), torch.autograd.grad(value, leaf)[0]
 
 
-def _per_token(dlogps: Tensor, batch: closed_groups.Batch) -> Tensor:
+def _per_token(dlogps: Tensor, batch: Batch) -> Tensor:
     """(N,) dloss/dlogps -> what each counted token of a completion gets of it."""
     if not batch.completions.average:
         return dlogps
@@ -201,7 +202,7 @@ def _per_token(dlogps: Tensor, batch: closed_groups.Batch) -> Tensor:
     return dlogps / torch.segment_reduce(counted, "sum", offsets=batch.completions.cu_seqlens.long()).to(dlogps)
 
 
-def _agree(coefficients: Tensor, dlogps: Tensor, batch: closed_groups.Batch) -> bool:
+def _agree(coefficients: Tensor, dlogps: Tensor, batch: Batch) -> bool:
     exact = _per_token(dlogps, batch)
     return bool((coefficients - exact).abs().max() <= _SEPARABLE * exact.abs().max())
 

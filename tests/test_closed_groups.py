@@ -6,13 +6,13 @@ from functools import partial
 import pytest
 import torch
 
-from copg_kernels import copg_loss, linear_copg_loss, linear_sequence_loss, losses
+from copg_kernels import copg_loss, linear_copg_loss, linear_sequence_loss, losses, sequence_loss
 from copg_kernels.kernels import blocks, exp_tile, linear_logps_fwd
 from copg_kernels.kernels.contrast import Completions
 from copg_kernels.kernels.head import Head
 from copg_kernels.reference import linear_copg_loss_ref, linear_logps_ref, sequence_logps_ref
 from copg_kernels.schedules import closed_groups, recompute
-from copg_kernels.schedules.closed_groups import plan_chunks
+from copg_kernels.schedules.chunks import Batch, chunks_of, plan_chunks
 from tests.conftest import BACKENDS, DEVICE
 from tests.numerics import assert_close, relative_error, upcast
 from tests.test_copg import loss_and_gradients, make_batch
@@ -74,7 +74,8 @@ def chunks_of_tokens(max_tokens: int):
         return plan_chunks(completions.cu_seqlens.tolist(), completions.cu_groups.tolist(), 1, max_tokens)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(closed_groups, "chunks_of", plan)
+        for module in (closed_groups, sequence_loss):
+            patch.setattr(module, "chunks_of", plan)
         yield
 
 
@@ -96,9 +97,9 @@ def test_plan_of_equal_sizes_reads_nothing_from_the_device():
     hidden_states, head = torch.randn(48, 8), Head(torch.randn(V, 8), None, 1.0, None, 1.0)
     numbers = torch.zeros(8)
     completions = Completions(None, None, numbers, numbers, 0.3, False, num_groups=2, equal_sizes=(6, 4))
-    batch = closed_groups.Batch(hidden_states, head, torch.zeros(48, dtype=torch.long), completions, -100)
+    batch = Batch(hidden_states, head, torch.zeros(48, dtype=torch.long), completions, -100)
     needs = recompute.Needs(True, True, False)
-    chunks = closed_groups.chunks_of(batch, needs, workspace_bytes=24 * V * 4, backend="torch")
+    chunks = chunks_of(batch, needs, workspace_bytes=24 * V * 4, backend="torch")
     assert [chunk.tokens for chunk in chunks] == [slice(0, 24), slice(24, 48)]
     assert [chunk.completions for chunk in chunks] == [slice(0, 4), slice(4, 8)]
 

@@ -11,7 +11,8 @@ from copg_kernels.kernels.gather_product import gather_product
 from copg_kernels.kernels.pack_rows import pack_rows
 from copg_kernels.kernels.place_labels import SoftmaxSlice
 from copg_kernels.reference import linear_copg_loss_ref, linear_logps_bwd_ref
-from copg_kernels.schedules import sparse_tiles
+from copg_kernels.schedules import closed_groups, compact_tiles, sparse_tiles
+from copg_kernels.schedules.workspace import kept_bytes_per_token
 from tests.conftest import BACKENDS, DEVICE
 from tests.numerics import relative_error, upcast
 
@@ -24,7 +25,7 @@ EPS = 2.0**-12
 @pytest.fixture(autouse=True)
 def room(monkeypatch):
     """Slots for everything, unless a test says otherwise: a small vocabulary is dense."""
-    monkeypatch.setattr(sparse_tiles, "MOST_KEPT", 1.0)
+    monkeypatch.setattr(compact_tiles, "MOST_KEPT", 1.0)
 
 
 def softmax_slice():
@@ -112,7 +113,7 @@ def gradients_of(inputs, dlogps, **options) -> tuple[torch.Tensor, tuple]:
     "most_kept, workspace", [(1.0, None), (0.0, 180_000)], ids=["compact, one chunk", "overflow, two chunks"]
 )
 def test_keeping_everything_is_exact(most_kept, workspace, monkeypatch):
-    monkeypatch.setattr(sparse_tiles, "MOST_KEPT", most_kept)
+    monkeypatch.setattr(compact_tiles, "MOST_KEPT", most_kept)
     inputs, dlogps = operands("base"), torch.randn(T, device=DEVICE)
     options = dict(bias=torch.randn(V, device=DEVICE), logit_scale=0.8, softcap=9.0, temperature=1.25)
     sparse, gradients = gradients_of(inputs, dlogps, sparse_eps=1e-12, workspace_bytes=workspace, **options)
@@ -143,7 +144,9 @@ def test_nan_of_an_ignored_token_goes_nowhere():
     assert all(torch.equal(*pair) for pair in zip(clean, poisoned, strict=True))
 
 
-def test_fused_loss():
+@pytest.mark.parametrize("tokens", [130, 80], ids=["tiles of whole groups", "groups exceed the workspace"])
+def test_fused_loss(tokens):
+    """Groups of 90 and 60 tokens; in chunks of 80 tokens their boundaries do not matter."""
     hidden_states, weight, labels = operands()
     numbers = torch.randn(2, 4, device=DEVICE)
     cu_seqlens = torch.tensor([0, 20, 90, 123, 150], dtype=torch.int32, device=DEVICE)
@@ -151,10 +154,8 @@ def test_fused_loss():
     batch |= dict(ref_logps=numbers[0], rewards=numbers[1])
     bias = torch.randn(V, device=DEVICE, requires_grad=True)
     options = dict(beta=0.1, bias=bias)
-    # Groups of 90 and 60 tokens in chunks of 128: the boundaries do not matter.
-    output = linear_copg_loss(
-        **batch, **options, sparse_eps=2.0**-16, backend="triton", workspace_bytes=130 * (320 * 4 + 9 * 8)
-    )
+    workspace = tokens * kept_bytes_per_token(V, torch.float32, DEVICE, "triton")
+    output = linear_copg_loss(**batch, **options, sparse_eps=2.0**-16, backend="triton", workspace_bytes=workspace)
     exact = linear_copg_loss(**batch, **options, backend="triton")
     assert torch.equal(output.logps, exact.logps) and output.gemm_units == 1 and output.sparsity.overflow == 0
     gradients = torch.autograd.grad(output.loss, (hidden_states, weight, bias))
@@ -167,6 +168,28 @@ def test_fused_loss():
     weight.requires_grad_(False)
     frozen = linear_copg_loss(**batch, beta=0.1, bias=bias.detach(), sparse_eps=2.0**-16, backend="triton")
     assert relative_error(torch.autograd.grad(frozen.loss, hidden_states)[0], gold[0]) < 1e-3
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2])
+def test_overflow_of_whole_groups_is_exact_without_a_logit_twice(num_chunks, monkeypatch):
+    """The tile that found no place in its slots is multiplied as it stands."""
+    monkeypatch.setattr(compact_tiles, "MOST_KEPT", 0.0)
+    hidden_states, weight, labels = operands("base")
+    batch = dict(hidden_states=hidden_states, lm_head_weight=weight, labels=labels, beta=0.1, group_size=2)
+    batch |= dict(cu_seqlens=torch.tensor([0, 20, 70, 110, 150], dtype=torch.int32, device=DEVICE))
+    batch |= dict(zip(("ref_logps", "rewards"), torch.randn(2, 4, device=DEVICE), strict=True))
+    workspace = (160 // num_chunks) * kept_bytes_per_token(V, torch.float32, DEVICE, "triton")
+    computed = []
+    original = closed_groups.counted_rows
+    monkeypatch.setattr(closed_groups, "counted_rows", lambda *a: (computed.append(len(a[1])), original(*a))[1])
+    monkeypatch.setattr(sparse_tiles, "compact_rows", None)  # the way of other upstream gradients is not taken
+    sparse, exact = (
+        linear_copg_loss(**batch, sparse_eps=eps, backend="triton", workspace_bytes=workspace) for eps in (EPS, None)
+    )
+    assert computed == {1: [150], 2: [70, 80]}[num_chunks] * 2
+    assert sparse.sparsity.overflow == 1 and sparse.sparsity.density == 0 and exact.gemm_units == 3
+    pairs = zip(*(torch.autograd.grad(o.loss, (hidden_states, weight)) for o in (sparse, exact)), strict=True)
+    assert torch.equal(sparse.logps, exact.logps) and all(relative_error(*pair) < 1e-6 for pair in pairs)
 
 
 def test_float16_is_refused():

@@ -11,6 +11,7 @@ from copg_kernels import linear_copg_loss, linear_logps
 from copg_kernels.kernels.contrast import Completions
 from copg_kernels.kernels.head import Head
 from copg_kernels.schedules import closed_groups, forward, frozen_head, recompute
+from copg_kernels.schedules.chunks import Batch
 from tests.conftest import DEVICE
 
 T, V, H = 96, 700, 40
@@ -72,7 +73,7 @@ def closed_units(needs: recompute.Needs, workspace_bytes: int) -> float:
     cu_seqlens = torch.arange(0, T + 1, 12, dtype=torch.int32)
     cu_groups = torch.arange(0, T // 12 + 1, 2, dtype=torch.int32)
     completions = Completions(cu_seqlens, cu_groups, *torch.randn(2, T // 12), 0.3, False, cu_groups.numel() - 1)
-    batch = closed_groups.Batch(hidden_states, Head(weight, None, 1.0, None, 1.0), labels, completions, -100)
+    batch = Batch(hidden_states, Head(weight, None, 1.0, None, 1.0), labels, completions, -100)
     with MatmulFlops() as counter:
         options = dict(sparse_eps=None, workspace_bytes=workspace_bytes, backend="torch")
         _, _, units, _ = closed_groups.copg(batch, needs, **options)

@@ -14,7 +14,6 @@ Nothing is recomputed. The softmax is the tile times a factor per row, which goe
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +22,11 @@ from torch import Tensor
 from copg_kernels.kernels.contrast import Completions, Contrast
 from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.pack_rows import PackedRows
+from copg_kernels.kernels.place_labels import SoftmaxSlice
 from copg_kernels.kernels.row_statistics import Partials
-from copg_kernels.schedules import forward, frozen_head, recompute, sparse_softmax
+from copg_kernels.schedules import compact_tiles, forward, frozen_head, recompute, sparse_softmax
+from copg_kernels.schedules.chunks import Batch, Chunk, batch_of, chunks_of
+from copg_kernels.schedules.compact_tiles import CompactTile
 from copg_kernels.schedules.kept_tiles import (
     add_weight_product_,
     bias_product,
@@ -40,43 +42,7 @@ from copg_kernels.schedules.tile_ops import (
     operand_dtype,
     tile_ops,
 )
-from copg_kernels.schedules.workspace import kept_bytes_per_token, kept_elements
-
-
-class Batch(NamedTuple):
-    """What a loss is computed from; also of a chunk."""
-
-    hidden_states: Tensor  # (T, H)
-    head: Head
-    labels: Tensor  # (T,)
-    completions: Completions
-    ignore_index: int
-
-
-class Chunk(NamedTuple):
-    """Consecutive whole groups: which groups, completions and tokens."""
-
-    groups: slice
-    completions: slice
-    tokens: slice
-
-
-def plan_chunks(
-    cu_seqlens: list[int], cu_groups: list[int], bytes_per_token: int, workspace_bytes: int
-) -> list[Chunk] | None:
-    """As many groups per chunk as their logits fit workspace_bytes; None where a single group does not."""
-    max_tokens = workspace_bytes // bytes_per_token
-    edges = [cu_seqlens[completion] for completion in cu_groups]
-    if any(stop - start > max_tokens for start, stop in pairwise(edges)):
-        return None
-    firsts = [0]
-    for group in range(1, len(edges) - 1):
-        if edges[group + 1] - edges[firsts[-1]] > max_tokens:
-            firsts.append(group)
-    return [
-        Chunk(slice(a, b), slice(cu_groups[a], cu_groups[b]), slice(edges[a], edges[b]))
-        for a, b in pairwise([*firsts, len(edges) - 1])
-    ]
+from copg_kernels.schedules.workspace import kept_elements
 
 
 def copg(
@@ -92,7 +58,7 @@ def copg(
     if not any(needs):
         return forward.copg(*batch, **options), _empty_gradients(batch, needs), 1, statistics
     if sparse_eps is not None:
-        found = sparse_softmax.copg(*batch, needs, sparse_eps=sparse_eps, **options)
+        found = _sparse(batch, needs, sparse_eps, **options)
         if found is not None:
             contrast, gradients, statistics = found
             return contrast, Gradients(*(g.to(kept_dtype(batch.hidden_states.dtype)) for g in gradients)), 1, statistics
@@ -100,12 +66,24 @@ def copg(
     return *_exact(batch, needs, **options), statistics
 
 
+def _sparse(
+    batch: Batch, needs: Needs, sparse_eps: float, *, workspace_bytes: int, backend: str
+) -> tuple[Contrast, Gradients, Tensor] | None:
+    """With the kernels from tiles of whole groups, where these fit the workspace; else any way the tokens come."""
+    options: dict[str, Any] = dict(workspace_bytes=workspace_bytes, backend=backend)
+    chunks = chunks_of(batch, needs, **options) if backend == "triton" else None
+    if chunks is None:
+        return sparse_softmax.copg(*batch, needs, sparse_eps=sparse_eps, **options)
+    return in_chunks(batch, chunks, needs, tile_ops(backend).contrast_fwd, backend, sparse_eps)
+
+
 def _exact(batch: Batch, needs: Needs, *, workspace_bytes: int, backend: str) -> tuple[Contrast, Gradients, int]:
     options: dict[str, Any] = dict(workspace_bytes=workspace_bytes, backend=backend)
     units = 1 + needs.hidden_states + needs.weight
     chunks = chunks_of(batch, needs, **options)
     if chunks is not None:
-        return *in_chunks(batch, chunks, needs, tile_ops(backend).contrast_fwd, backend), units
+        contrast, gradients, _ = in_chunks(batch, chunks, needs, tile_ops(backend).contrast_fwd, backend)
+        return contrast, gradients, units
     if not (needs.weight or needs.bias) and can_keep_tiles(batch.hidden_states.dtype, backend):
         contrast, u = frozen_head.copg(*batch, **options)
         gradients = _empty_gradients(batch, needs)
@@ -114,68 +92,77 @@ def _exact(batch: Batch, needs: Needs, *, workspace_bytes: int, backend: str) ->
     return contrast, recomputed(batch, contrast, needs, **options), 1 + units
 
 
-def chunks_of(batch: Batch, needs: Needs, *, workspace_bytes: int, backend: str) -> list[Chunk] | None:
-    """The plan for this batch; None where no tile can be kept.
-
-    On a GPU it reads the boundaries, and so waits for the device, only if they are not all equal and the batch does not
-    fit as a whole: as it also does where its tile takes no more than the workspace and the float32 dW that chunks of
-    16-bit operands would need.
-    """
-    completions, dtype, weight = batch.completions, batch.hidden_states.dtype, batch.head.weight
-    if not can_keep_tiles(dtype, backend):
-        return None
-    num_tokens, num_completions = batch.labels.numel(), completions.rewards.numel()
-    bytes_per_token = kept_bytes_per_token(weight.shape[0], dtype, weight.device, backend)
-    spared = weight.numel() * 4 if needs.weight and kept_dtype(dtype).itemsize < 4 and backend == "triton" else 0
-    if num_tokens * bytes_per_token <= workspace_bytes + spared:
-        return [Chunk(slice(0, completions.cu_groups.numel() - 1), slice(0, num_completions), slice(0, num_tokens))]
-    if completions.equal_sizes is not None:
-        length, group_size = completions.equal_sizes
-        cu_seqlens = [*range(0, num_tokens + 1, length)]
-        cu_groups = [*range(0, num_completions + 1, group_size)]
-    elif weight.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    else:
-        cu_seqlens, cu_groups = completions.cu_seqlens.tolist(), completions.cu_groups.tolist()
-    return plan_chunks(cu_seqlens, cu_groups, bytes_per_token, workspace_bytes)
-
-
 def in_chunks(
     batch: Batch,
     chunks: list[Chunk],
     needs: Needs,
     contrast: Callable[[Partials, PackedRows, Completions], Contrast],
     backend: str,
-) -> tuple[Contrast, Gradients]:
-    """Outputs of the contrast and gradients of its loss, in `kept_dtype`, a chunk at a time."""
+    sparse_eps: float | None = None,
+) -> tuple[Contrast, Gradients, Tensor]:
+    """Outputs of the contrast and gradients of its loss, in `kept_dtype`, a chunk at a time; statistics (3,).
+
+    With sparse_eps, which needs the kernels, from the tiles' compact form.
+    """
     hidden_states, head, ops = batch.hidden_states, batch.head, tile_ops(backend)
     gradients = _empty_gradients(batch, needs, one_chunk=len(chunks) == 1)
     most_tokens = max(chunk.tokens.stop - chunk.tokens.start for chunk in chunks)
     workspace = hidden_states.new_empty(
         (kept_elements(most_tokens, head.weight.shape[0], backend),), dtype=operand_dtype(hidden_states.dtype, backend)
     )
-    contrasts = []
+    contrasts, shares = [], []
     for index, chunk in enumerate(chunks):
-        part = _batch_of(chunk, batch)
+        part = batch_of(chunk, batch)
         packed, rows = counted_rows(part.hidden_states, part.labels, part.ignore_index, backend)
         partials, tiles = ops.exp_tiles(packed, head, rows, workspace)
         contrasts.append(contrast(partials, rows, part.completions))
         _, _, _, _, coefficients, per_token_logps, lse = contrasts[-1]
         slices = ops.place_labels(tiles, packed, head, rows, per_token_logps, lse)
         scale = of_tokens(coefficients, part).index_select(0, rows.row_index) * -head.slope
+        if sparse_eps is None:
+            compact = None
+        else:
+            compact = compact_tiles.compacted(slices[0], rows, sparse_eps, needs, head.weight.dtype)
+            shares.append(compact.shares)
+        tile = _Tile(slices, compact, packed, rows, scale, backend)
         if needs.hidden_states:
-            dhidden = hidden_product(slices, head, scale, backend)
             counted = (part.labels != part.ignore_index).to(scale.dtype)
             out = gradients.hidden_states[chunk.tokens]
-            out.copy_(ops.scale_rows(dhidden, rows.position, counted, out.dtype))
+            out.copy_(ops.scale_rows(_hidden_product(tile, head), rows.position, counted, out.dtype))
         if needs.weight:
-            write = write_weight_product if index == 0 else add_weight_product_
-            write(slices, packed, rows, scale, gradients.weight, backend)
+            _write_weight_product(tile, gradients.weight, add=index > 0)
         if needs.bias:
             bias = bias_product(slices, scale)
             gradients.bias.copy_(bias if index == 0 else gradients.bias + bias)
     kept = kept_dtype(hidden_states.dtype)
-    return _joined(contrasts), Gradients(*(gradient.to(kept) for gradient in gradients))
+    statistics = compact_tiles.statistics(shares, head.weight.shape[0]) if shares else scale.new_zeros(3)
+    return _joined(contrasts), Gradients(*(gradient.to(kept) for gradient in gradients)), statistics
+
+
+class _Tile(NamedTuple):
+    """Softmax minus one-hot of a chunk, and what goes into its products."""
+
+    slices: list[SoftmaxSlice]  # of the vocabulary; a single one with the kernels
+    compact: CompactTile | None
+    hidden_states: Tensor  # as `counted_rows` gives them
+    rows: PackedRows
+    scale: Tensor  # (R,) of the packed rows
+    backend: str
+
+
+def _hidden_product(tile: _Tile, head: Head) -> Tensor:
+    if tile.compact is None:
+        return hidden_product(tile.slices, head, tile.scale, tile.backend)
+    return compact_tiles.hidden_product(tile.compact, tile.slices[0], head, tile.scale)
+
+
+def _write_weight_product(tile: _Tile, out: Tensor, *, add: bool) -> None:
+    if tile.compact is None:
+        write = add_weight_product_ if add else write_weight_product
+        write(tile.slices, tile.hidden_states, tile.rows, tile.scale, out, tile.backend)
+    else:
+        operands = (tile.compact, tile.slices[0], tile.hidden_states, tile.rows, tile.scale, out)
+        compact_tiles.write_weight_product(*operands, add=add)
 
 
 def _empty_gradients(batch: Batch, needs: Needs, *, one_chunk: bool = True) -> Gradients:
@@ -187,20 +174,6 @@ def _empty_gradients(batch: Batch, needs: Needs, *, one_chunk: bool = True) -> G
         hidden_states.new_empty(hidden_states.shape if needs.hidden_states else (0,), dtype=kept),
         hidden_states.new_empty(weight.shape if needs.weight else (0,), dtype=summed),
         hidden_states.new_empty(weight.shape[:1] if needs.bias else (0,), dtype=accumulation_dtype(summed)),
-    )
-
-
-def _batch_of(chunk: Chunk, batch: Batch) -> Batch:
-    first, last = chunk.completions.start, chunk.completions.stop
-    completions = batch.completions
-    completions = completions._replace(
-        cu_seqlens=completions.cu_seqlens[first : last + 1] - chunk.tokens.start,
-        cu_groups=completions.cu_groups[chunk.groups.start : chunk.groups.stop + 1] - first,
-        ref_logps=completions.ref_logps[first:last],
-        rewards=completions.rewards[first:last],
-    )
-    return batch._replace(
-        hidden_states=batch.hidden_states[chunk.tokens], labels=batch.labels[chunk.tokens], completions=completions
     )
 
 

@@ -1,8 +1,8 @@
 """The compact softmax of the kernels: tiles of a chunk of tokens, compacted before the next chunk takes their place.
 
-Twice, because a GEMM with gathered rows wants its other operand in blocks: of rows, which list columns, for dX; of
-columns, which list rows, for dW. What either leaves out comes back as one rank-1 term. A chunk that does not fit into
-its slots is computed again by the exact kernels, on the device's own decision: they are launched always, and return.
+For an upstream gradient that is not there yet: the compact tiles wait for it. A chunk that does not fit into its slots
+is computed again by the exact kernels, on the device's own decision: they are launched always, and return. Whole groups
+know their coefficients while the tile stands, and need neither (`closed_groups`).
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from copg_kernels.kernels.blocks import head_blocks
-from copg_kernels.kernels.compact_tile import BLOCK, Pool, compact_tile
+from copg_kernels.kernels.compact_tile import BLOCK
 from copg_kernels.kernels.dense_product import dense_product
 from copg_kernels.kernels.exp_tile import exp_tiles
 from copg_kernels.kernels.gather_product import gather_product
 from copg_kernels.kernels.head import Head
-from copg_kernels.kernels.matmul import mm_fp32
 from copg_kernels.kernels.merge_splits import merge_splits_fwd
 from copg_kernels.kernels.pack_rows import PackedRows
-from copg_kernels.kernels.place_labels import SoftmaxSlice, place_labels
+from copg_kernels.kernels.place_labels import place_labels
 from copg_kernels.kernels.row_statistics import Partials
 from copg_kernels.kernels.scale_rows import scale_counted, scale_rows
-from copg_kernels.kernels.significant_columns import MOST_KEPT
 from copg_kernels.kernels.softmax_minus_label import softmax_minus_label
+from copg_kernels.schedules import compact_tiles
+from copg_kernels.schedules.compact_tiles import CompactTile, compacted, mean_row
 from copg_kernels.schedules.frozen_head import joined_rows
 from copg_kernels.schedules.recompute import Gradients, Needs
 from copg_kernels.schedules.tile_ops import counted_rows
@@ -38,9 +38,8 @@ class CompactChunk(NamedTuple):
 
     tokens: slice
     rows: PackedRows
-    by_rows: Pool
-    by_columns: Pool | None  # where the head is trained
-    mean_row: Tensor  # (H,) of the head's weight, over what by_rows left out
+    compact: CompactTile
+    mean_row: Tensor  # (H,) of the head's weight, over what the rows' blocks left out
 
 
 def compact_rows(
@@ -66,27 +65,11 @@ def compact_rows(
         statistics_, tiles = exp_tiles(hidden, head, rows, workspace)
         logps, lse = merge_splits_fwd(statistics_, rows)
         (part,) = place_labels(tiles, hidden, head, rows, logps, lse)
-        by_rows = _compacted(part, rows, sparse_eps, head.weight.dtype, rows_in_blocks=True)
-        trains = needs.weight or needs.bias
-        by_columns = _compacted(part, rows, sparse_eps, head.weight.dtype, rows_in_blocks=False) if trains else None
+        compact = compacted(part, rows, sparse_eps, needs, head.weight.dtype)
         partials.append(statistics_)
-        mean_row = _mean(by_rows.dropped_list, head.weight)
-        chunks.append(CompactChunk(tokens, rows, by_rows, by_columns, mean_row))
+        chunks.append(CompactChunk(tokens, rows, compact, mean_row(compact.by_rows.dropped_list, head.weight)))
     joined = Partials(*(torch.cat(field, -1) for field in zip(*partials, strict=True)))
     return joined, joined_rows([chunk.rows for chunk in chunks]), chunks
-
-
-def _compacted(part: SoftmaxSlice, rows: PackedRows, eps: float, dtype: torch.dtype, *, rows_in_blocks: bool) -> Pool:
-    R, V = part.tile.shape
-    members, entries = (R, V) if rows_in_blocks else (V, R)
-    capacity = max(1, int(-(-members // BLOCK) * entries * MOST_KEPT))
-    return compact_tile(part, rows, eps, capacity, dtype, rows_in_blocks=rows_in_blocks)
-
-
-def _mean(mass: Tensor, source: Tensor) -> Tensor:
-    """(N,) float32 weights, (N, H) -> (H,) float32: the mean of the rows, 0 where there is no mass."""
-    share = (mass / mass.sum().clamp_min(torch.finfo(mass.dtype).tiny)).to(source.dtype)
-    return mm_fp32(share.unsqueeze(0), source, mass.new_empty((1, source.shape[1]))).squeeze(0)
 
 
 def token_logps_bwd(
@@ -146,19 +129,20 @@ class _Products(NamedTuple):
 def _hidden_product(part: _Products) -> Tensor:
     """scale * (softmax - onehot) weight, (R, H) float32."""
     chunk, weight = part.chunk, part.head.weight
+    pool = chunk.compact.by_rows
     out = part.scale.new_empty((part.scale.numel(), weight.shape[1]))
-    gather_product(chunk.by_rows, weight, chunk.mean_row, part.scale, out, part.precision, add=False)
-    for start, stop, tile, factor in _exact_tiles(part, chunk.by_rows.overflow):
+    gather_product(pool, weight, chunk.mean_row, part.scale, out, part.precision, add=False)
+    for start, stop, tile, factor in _exact_tiles(part, pool.overflow):
         operands = (tile, weight[start:stop], part.scale * factor, out)
-        dense_product(chunk.by_rows.overflow, *operands, part.precision)
+        dense_product(pool.overflow, *operands, part.precision)
     return out
 
 
 def _add_head_product(part: _Products, source: Tensor, out: Tensor, *, add: bool) -> None:
     """out (V, width) = or += (softmax - onehot)^T source, (R, width)."""
-    pool = part.chunk.by_columns
+    pool = part.chunk.compact.by_columns
     assert pool is not None
-    gather_product(pool, source, _mean(pool.dropped_list, source), None, out, part.precision, add=add)
+    gather_product(pool, source, mean_row(pool.dropped_list, source), None, out, part.precision, add=add)
     for start, stop, tile, factor in _exact_tiles(part, pool.overflow):
         exact = (source.float() * factor.unsqueeze(1)).to(source.dtype)
         dense_product(pool.overflow, tile.T, exact, None, out[start:stop], part.precision)
@@ -183,17 +167,4 @@ def _exact_tiles(part: _Products, overflow: Tensor) -> Iterator[tuple[int, int, 
 
 def statistics(chunks: list[CompactChunk], vocab_size: int) -> Tensor:
     """Density, mean dropped mass, share of rows that overflowed: (3,), on the device."""
-    rows = [chunk.rows.num_rows.float() for chunk in chunks]
-    kept = [chunk.by_rows.offsets[-1:].float() for chunk in chunks]
-    dropped = [chunk.by_rows.dropped.sum().view(1) for chunk in chunks]
-    overflow = [
-        chunk.by_rows.overflow if chunk.by_columns is None else chunk.by_rows.overflow | chunk.by_columns.overflow
-        for chunk in chunks
-    ]
-    exact = torch.cat(rows) * torch.cat(overflow)
-    num_rows, sparse_rows = torch.cat(rows).sum(), (torch.cat(rows) - exact).sum()
-    is_sparse = 1 - torch.cat(overflow)
-    blocks = (torch.cat(rows) / BLOCK).ceil() * is_sparse
-    density = (torch.cat(kept) * is_sparse).sum() / (blocks.sum() * vocab_size).clamp_min(1)
-    mass = (torch.cat(dropped) * is_sparse).sum() / sparse_rows.clamp_min(1)
-    return torch.stack([density, mass, exact.sum() / num_rows.clamp_min(1)])
+    return compact_tiles.statistics([chunk.compact.shares for chunk in chunks], vocab_size)
