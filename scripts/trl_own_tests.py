@@ -24,14 +24,12 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trl
-from torch import Tensor
-
-from copg_kernels.integrations.trl import install
+import torch
 
 ARCHIVE = "https://github.com/huggingface/trl/archive/refs/tags/v{}.tar.gz"
 UNAVAILABLE = 69  # EX_UNAVAILABLE of sysexits.h
@@ -54,7 +52,7 @@ def in_float32(reference: Callable) -> Callable:
     """`reference` on float32 copies of its operands; gradients still arrive at the originals."""
 
     def upcast(value: Any) -> Any:
-        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+        return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return reference(*map(upcast, args), **{name: upcast(value) for name, value in kwargs.items()})
@@ -62,9 +60,9 @@ def in_float32(reference: Callable) -> Callable:
     return wrapper
 
 
-def unpack_tests(version: str, folder: Path) -> Path:
+def unpack_tests(folder: Path) -> Path:
     """tests/ of TRL's source archive, and nothing else, so that `import trl` finds the installed one."""
-    with urllib.request.urlopen(ARCHIVE.format(version), timeout=60) as response:
+    with urllib.request.urlopen(ARCHIVE.format(version("trl")), timeout=60) as response:
         archive = io.BytesIO(response.read())
     with tarfile.open(fileobj=archive) as tar:
         members = [member for member in tar.getmembers() if Path(member.name).parts[1:2] == ("tests",)]
@@ -74,6 +72,8 @@ def unpack_tests(version: str, folder: Path) -> Path:
 
 def run_tests(source: Path) -> int:
     """Status of pytest."""
+    from copg_kernels.integrations.trl import install  # takes seconds, which a missing archive need not cost
+
     arguments = [str(source / "tests" / "test_kernels.py"), "-k", SELECTED, "-p", "no:cacheprovider", "-rs"]
     with install():
         return pytest.main(arguments, plugins=[Differences()])
@@ -87,9 +87,9 @@ def main() -> int:
         return run_tests(source)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            source = unpack_tests(trl.__version__, Path(folder))
+            source = unpack_tests(Path(folder))
         except urllib.error.URLError as error:
-            print(f"no archive of TRL {trl.__version__}: {error}", file=sys.stderr)
+            print(f"no source archive of TRL {version('trl')}: {error}", file=sys.stderr)
             return UNAVAILABLE
         return run_tests(source)
 
