@@ -20,10 +20,19 @@ from trl.trainer.utils import get_config_model_id, split_tensor_dict
 from copg_kernels import linear_copg_loss, linear_logps
 from copg_kernels.integrations.transformers import HeadInputs, hidden_states_of, read_head
 
+# What they must be: a ratio to clip, a loss and a wrapper that CoPGTrainer does not have.
+_UNSUPPORTED = {
+    "epsilon": RLOOConfig.epsilon,
+    "epsilon_high": None,
+    "normalize_advantages": False,
+    "use_liger_kernel": False,
+    "torch_compile": False,
+}
+
 
 @dataclass
 class CoPGConfig(RLOOConfig):
-    """`trl.RLOOConfig` for `CoPGTrainer`: all of its options but those that belong to another loss.
+    """`trl.RLOOConfig` for `CoPGTrainer`, which supports its options but for the ones below.
 
     beta (> 0) is in units of reward per nat; num_generations is the size of a group. Dropout is off by default.
 
@@ -42,7 +51,7 @@ class CoPGConfig(RLOOConfig):
         super().__post_init__()
         if not self.beta > 0:
             raise ValueError(f"beta must be positive, got {self.beta}")
-        for name, unset in _OPTIONS_OF_OTHER_LOSSES.items():
+        for name, unset in _UNSUPPORTED.items():
             if getattr(self, name) != unset:
                 raise ValueError(f"{name} is not supported by CoPG: it must be {unset}, got {getattr(self, name)}")
         if self.world_size > 1:
@@ -51,15 +60,6 @@ class CoPGConfig(RLOOConfig):
         if self.eval_strategy != "no":
             size = self.num_generations_eval or self.num_generations
             _require_whole_groups("eval", self.per_device_eval_batch_size, "num_generations_eval", size)
-
-
-_OPTIONS_OF_OTHER_LOSSES = {
-    "epsilon": RLOOConfig.epsilon,
-    "epsilon_high": None,
-    "normalize_advantages": False,
-    "use_liger_kernel": False,
-    "torch_compile": False,
-}
 
 
 class CoPGTrainer(RLOOTrainer):
@@ -74,7 +74,8 @@ class CoPGTrainer(RLOOTrainer):
 
     Data, generation, rewards, the reference policy, LoRA (peft_config), callbacks and checkpoints are RLOOTrainer's,
     and so are the metrics: reward, reward_std, rewards/*, kl, completions/*, frac_reward_zero_std. Not logged are the
-    clip ratios and the entropy. The loss is a variance: unlike RLOO's its value means something, and 0 is its optimum.
+    clip ratios and the entropy. The loss is a variance: unlike RLOO's its value means something, and it is 0 at the
+    optimal policy.
 
     Args:
         as for RLOOTrainer; args is a CoPGConfig, model one that `read_head` accepts.
@@ -82,7 +83,7 @@ class CoPGTrainer(RLOOTrainer):
     Raises:
         TypeError: args is another configuration.
         ValueError: what CoPGConfig and `read_head` refuse; a processor of images, the auxiliary loss of a router, a
-            completion that no reward function scores, a batch that splits a group.
+            completion that no reward function scores, an infinite reward, a batch that splits a group.
 
     Reference: Flet-Berliac et al., Contrastive Policy Gradient, EMNLP 2024, https://arxiv.org/abs/2406.19185.
     """
@@ -140,9 +141,9 @@ class CoPGTrainer(RLOOTrainer):
         attention_mask: Tensor,
         logits_to_keep: int,
         batch_size: int | None = None,
-        **unused: Any,
+        **images: Any,
     ) -> tuple[Tensor, None, None]:
-        """What TRL calls for the policy and the reference when completions are sampled: (B, logits_to_keep)."""
+        """(B, logits_to_keep), which TRL asks of the policy and of the reference when completions are sampled."""
         per_token_logps = []
         for rows in torch.arange(len(input_ids)).split(batch_size or len(input_ids)):
             batch = input_ids[rows], attention_mask[rows]
@@ -166,12 +167,12 @@ class CoPGTrainer(RLOOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """RLOOTrainer's, which also shuffles the completions: here groups stay together."""
         if not self.model.training:
+            _require_whole_groups("eval", len(generation_batch), "num_generations_eval", self.num_generations_eval)
             return self._generate_and_score_completions(generation_batch)
         num_slices = self.args.steps_per_generation
         if self._step % (num_slices * self.num_iterations) == 0 or self._buffered_inputs is None:
-            self._buffered_inputs = split_tensor_dict(
-                self._generate_and_score_completions(generation_batch), num_slices
-            )
+            scored = self._generate_and_score_completions(generation_batch)
+            self._buffered_inputs = split_tensor_dict(scored, num_slices)
         return self._buffered_inputs[self._step % num_slices]
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -179,6 +180,8 @@ class CoPGTrainer(RLOOTrainer):
         unscored = rewards_per_func.isnan().all(1)
         if unscored.any():
             raise ValueError(f"reward_funcs must score every completion, {int(unscored.sum())} got None from all")
+        if rewards_per_func.isinf().any():
+            raise ValueError("reward_funcs must return finite numbers, or None where one does not apply; got infinity")
         return rewards_per_func
 
 
