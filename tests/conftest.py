@@ -13,6 +13,10 @@ import pytest
 
 from copg_kernels.kernels.language import INTERPRETING, triton
 
+# Under xdist the workers share the cores; each would take all of them, and mostly wait for the others.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter multiplies the raw bits of bfloat16: that type needs a GPU.
 KERNEL_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
