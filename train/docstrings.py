@@ -19,7 +19,7 @@ from train.data import Example
 from train.reward import token_f1, words
 
 PACKAGES = ("torch", "numpy", "transformers")
-# About thirteen seconds of parsing; every n-th file, so that all parts of a package are represented.
+# About thirteen seconds of parsing.
 FILES_PER_PACKAGE = 600
 BODY_WORDS = 60
 
@@ -34,11 +34,12 @@ def source_roots() -> list[Path]:
     return roots
 
 
-def source_files(root: Path) -> list[Path]:
+def source_files(root: Path, limit: int = FILES_PER_PACKAGE) -> list[Path]:
+    """Up to `limit` files: every n-th, so that all parts of a package are represented."""
     files = (path for path in root.rglob("*.py") if "site-packages" not in path.relative_to(root).parts)
     # Sorted by parts as text: the order then depends on the installation alone, not on the file system.
     paths = sorted(files, key=lambda path: path.relative_to(root).as_posix())
-    return paths[:: max(1, -(-len(paths) // FILES_PER_PACKAGE))]
+    return paths[:: max(1, -(-len(paths) // limit))]
 
 
 def docstrings(path: Path) -> Iterator[str]:
@@ -71,12 +72,12 @@ def is_told_by(body: str, summary: str) -> bool:
     return len(longer & set(words(body))) >= max(1, 0.4 * len(longer))
 
 
-def summaries_by_body() -> dict[str, str]:
+def summaries_by_body(files_per_package: int = FILES_PER_PACKAGE) -> dict[str, str]:
     """body -> summary; a body or a summary that was seen before is left out."""
     pairs: dict[str, str] = {}
     seen = set()
     for root in source_roots():
-        for path in source_files(root):
+        for path in source_files(root, files_per_package):
             for docstring in docstrings(path):
                 pair = split_docstring(docstring)
                 if pair and is_told_by(*pair) and pair[0] not in pairs and pair[1] not in seen:
