@@ -44,8 +44,11 @@ def new_policy(settings: Settings, tokenizer: Tokenizer) -> GPT2LMHeadModel:
 
 
 def fine_tune(policy: PreTrainedModel, documents: Sequence[Document], settings: Settings) -> list[float]:
-    """Supervised steps on body -> summary; the mean loss per token of each."""
-    groups = [Group(document.prompt_ids, [document.summary_ids], [0.0]) for document in documents]
+    """Supervised steps on body -> summary; the mean loss per token of each.
+
+    The body's tokens are predicted as well, from its first one on: no pretraining has taught this model to read.
+    """
+    groups = [Group(d.prompt_ids[:1], [d.prompt_ids[1:] + d.summary_ids], [0.0]) for d in documents]
 
     def loss_at(step: int) -> Tensor:
         batch = [groups[i] for i in step_indices(step, len(groups), settings.sft_batch, seed=0)]

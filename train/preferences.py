@@ -23,18 +23,17 @@ def preference_pairs(
     Per document one pair of each kind:
       true over another's   the summary line against that of another document: teaches what the body is about;
       true over sample      against a sample of the policy: teaches what a summary line reads like;
-      sample over sample    of two samples the one that shares more words with the true line (token_f1); none where
-                            they share equally many.
+      sample over sample    of the samples, the one that shares most words with the true line (token_f1) against the
+                            one that shares fewest; none where all share equally many.
     """
     rng = random.Random(seed)
     pairs: dict[str, list[Group]] = {kind: [] for kind in KINDS}
     for document, other, drawn in zip(documents, others(documents, rng), samples, strict=True):
         pairs[KINDS[0]].append(_pair(document, document.summary_ids, other.summary_ids))
         pairs[KINDS[1]].append(_pair(document, document.summary_ids, rng.choice(drawn)))
-        overlaps = [overlap(ids, document, tokenizer) for ids in drawn[:2]]
-        if overlaps[0] != overlaps[1]:
-            worse, better = sorted(range(2), key=overlaps.__getitem__)
-            pairs[KINDS[2]].append(_pair(document, drawn[better], drawn[worse]))
+        ranked = sorted(drawn, key=lambda ids: overlap(ids, document, tokenizer))
+        if overlap(ranked[0], document, tokenizer) < overlap(ranked[-1], document, tokenizer):
+            pairs[KINDS[2]].append(_pair(document, ranked[-1], ranked[0]))
     return pairs
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GPT2ForSequenceClassification, PreTrainedModel
+from transformers import GPT2ForTokenClassification, PreTrainedModel
 
 from train.batch import Batch, Group, pack, step_indices
 from train.model import PAD_ID
@@ -27,13 +27,13 @@ def bradley_terry_loss(better: Tensor, worse: Tensor) -> Tensor:
     return -torch.nn.functional.logsigmoid(better - worse).mean()
 
 
-def new_reward_model(policy: PreTrainedModel) -> GPT2ForSequenceClassification:
-    """The policy's transformer, and a head that starts at zero on the state of the last token."""
+def new_reward_model(policy: PreTrainedModel) -> GPT2ForTokenClassification:
+    """The policy's transformer, and a linear head that starts at zero: a score per token."""
     config = copy.deepcopy(policy.config)
-    config.num_labels = 1
-    model = GPT2ForSequenceClassification(config)
+    config.num_labels, config.classifier_dropout = 1, 0.0
+    model = GPT2ForTokenClassification(config)
     model.transformer.load_state_dict(policy.transformer.state_dict())
-    torch.nn.init.zeros_(model.score.weight)
+    torch.nn.init.zeros_(model.classifier.weight)
     return model.to(policy.device)
 
 
@@ -70,4 +70,6 @@ def accuracy(model: PreTrainedModel, pairs: Sequence[Group], settings: Settings)
 def _rewards(model: PreTrainedModel, batch: Batch, settings: Settings) -> Tensor:
     with torch.autocast(settings.device, dtype=settings.torch_dtype, enabled=settings.dtype != "float32"):
         logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits
-    return logits[:, 0].float()
+    # batch.positions is where a token is predicted; its own state lies one place further.
+    token_scores = logits.flatten().float()[batch.positions + 1]
+    return torch.segment_reduce(token_scores, "mean", offsets=batch.cu_seqlens.long())

@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.provenance import provenance
 from train.batch import Group
-from train.documents import read_documents
+from train.documents import Document, read_documents
 from train.log import versions
 from train.offline import offline_pairs
 from train.policy import draw, fine_tune, new_policy
@@ -90,11 +90,11 @@ def prepare(settings: Settings, seeds: Sequence[int]) -> tuple[Laboratory, dict[
     reference = new_policy(settings, tokenizer)
     sft_losses = fine_tune(reference, splits.sft, settings)
 
-    heldout_prompts = splits.validation + splits.test
-    training, heldout = (
-        preference_pairs(documents, draw(reference, documents, 2, settings, seed), tokenizer, seed)
-        for seed, documents in enumerate((splits.preferences, heldout_prompts), start=1)
-    )
+    def judged(documents: Sequence[Document], seed: int) -> dict[str, list[Group]]:
+        samples = draw(reference, documents, settings.judged_samples, settings, seed)
+        return preference_pairs(documents, samples, tokenizer, seed)
+
+    training, heldout = judged(splits.preferences, 1), judged(splits.validation + splits.test, 2)
     reward_model = new_reward_model(reference)
     reward_losses = fit_reward_model(reward_model, training, settings)
 

@@ -28,6 +28,7 @@ class Settings:
     sft_steps: int
     sft_batch: int  # summaries per step
     sft_lr: float
+    judged_samples: int  # of the policy per prompt, the best and the worst of which make a preference pair
     reward_epochs: int
     reward_batch: int  # pairs per step
     reward_lr: float
@@ -52,8 +53,8 @@ class Settings:
 SIZES = {
     # Two CPU cores, less than 15 minutes.
     "tiny": Settings(
-        files_per_package=1200,
-        validation_prompts=128,
+        files_per_package=1500,
+        validation_prompts=96,
         test_prompts=256,
         sft_share=0.6,
         vocab_size=2048,
@@ -64,17 +65,18 @@ SIZES = {
         max_completion_tokens=24,
         device="cpu",
         dtype="float32",
-        sft_steps=400,
+        sft_steps=700,
         sft_batch=32,
         sft_lr=2e-3,
-        reward_epochs=1,
-        reward_batch=16,
+        judged_samples=4,
+        reward_epochs=2,
+        reward_batch=32,
         reward_lr=5e-4,
-        data_prompts=480,
-        steps=120,
+        data_prompts=400,
+        steps=100,
         pairs_per_step=8,
         lr=2e-4,
-        evaluate_every=40,
+        evaluate_every=25,
         processes=2,
     ),
     # One GPU, meant for less than 8 minutes; not run on one yet.
@@ -94,6 +96,7 @@ SIZES = {
         sft_steps=800,
         sft_batch=64,
         sft_lr=1e-3,
+        judged_samples=4,
         reward_epochs=2,
         reward_batch=64,
         reward_lr=3e-4,
@@ -121,6 +124,7 @@ SIZES = {
         sft_steps=20,
         sft_batch=8,
         sft_lr=1e-2,
+        judged_samples=4,
         reward_epochs=1,
         reward_batch=8,
         reward_lr=1e-2,

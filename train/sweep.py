@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2ForTokenClassification, GPT2LMHeadModel, PreTrainedModel
 from transformers.utils import logging
 
 from copg_kernels import linear_copg_loss, linear_sequence_loss
@@ -96,7 +96,7 @@ def load_laboratory(folder: Path) -> Laboratory:
         settings,
         Tokenizer.from_file(str(folder / "tokenizer.json")),
         GPT2LMHeadModel.from_pretrained(folder / "reference").to(settings.torch_device),
-        GPT2ForSequenceClassification.from_pretrained(folder / "reward_model").to(settings.torch_device),
+        GPT2ForTokenClassification.from_pretrained(folder / "reward_model").to(settings.torch_device),
         [Document(**document) for document in record["validation"]],
         [Document(**document) for document in record["test"]],
         {int(seed): [Group(**group) for group in groups] for seed, groups in record["offline"].items()},
