@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
@@ -55,7 +56,7 @@ from train.summarize_report import draw_figures, summarize, table
 from train.summarize_settings import SIZES, Settings
 from train.sweep import METHODS, Job, Laboratory, evaluate, run_jobs
 
-BETAS = (0.03, 0.1, 0.3, 1.0, 3.0)
+BETAS = (0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -107,7 +108,6 @@ def prepare(settings: Settings, seeds: Sequence[int]) -> tuple[Laboratory, dict[
         "reward_model": {
             "losses": reward_losses,
             "training_pairs": {kind: len(pairs) for kind, pairs in training.items()},
-            "training_accuracy": {kind: accuracy(reward_model, pairs, settings) for kind, pairs in training.items()},
             "heldout_pairs": {kind: len(pairs) for kind, pairs in heldout.items()},
             "heldout_accuracy": {kind: accuracy(reward_model, pairs, settings) for kind, pairs in heldout.items()},
         },
@@ -129,6 +129,12 @@ def describe_offline(pairs: Sequence[Group]) -> dict[str, float]:
     }
 
 
+def evaluate_reference(lab: Laboratory, seed: int) -> dict[str, Any]:
+    """The record of a policy that took no step."""
+    points = [{"step": 0} | evaluate(lab.reference, lab, lab.validation, seed)]
+    return {"seed": seed, "points": points, "test": evaluate(lab.reference, lab, lab.test, seed)}
+
+
 def plan(betas: Sequence[float], seeds: Sequence[int], mean_length: float) -> list[Job]:
     """Every method at every beta and seed. Averaged log-ratios are shorter by the length, so their beta is longer."""
     return [
@@ -139,22 +145,26 @@ def plan(betas: Sequence[float], seeds: Sequence[int], mean_length: float) -> li
     ]
 
 
-def run(options: argparse.Namespace, out: Path) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> dict[str, Any]:
     started, settings, seeds = time.perf_counter(), SIZES[options.size], list(range(options.seeds))
+    origin = {name: value for name, value in provenance(settings.torch_device).items() if name != "peers"}
     lab, prepared = prepare(settings, seeds)
     prepared_seconds = time.perf_counter() - started
     jobs = plan(sorted(options.betas), seeds, prepared["offline"]["mean_length"])
-    reference = [{"seed": seed, "test": evaluate(lab.reference, lab, lab.test, seed)} for seed in seeds]
+    reference = [evaluate_reference(lab, seed) for seed in seeds]
     with tempfile.TemporaryDirectory() as folder:
         lab.save(Path(folder))
         runs = list(run_jobs(Path(folder), jobs, options.processes or settings.processes))
-    origin = {name: value for name, value in provenance(settings.torch_device).items() if name != "peers"}
     return {
         "provenance": origin | {"versions": versions()},
         "size": options.size,
         "seeds": options.seeds,
         "settings": asdict(settings),
-        "seconds": {"preparation": round(prepared_seconds), "total": round(time.perf_counter() - started)},
+        "seconds": {
+            "preparation": round(prepared_seconds),
+            "total": round(time.perf_counter() - started),
+            "processor": round(sum(os.times()[:4])),  # of all processes, children included
+        },
         "prepared": prepared,
         "summary": summarize(runs, reference),
         "reference": reference,
@@ -171,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    results = run(options, out)
+    results = run(options)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     draw_figures(results, out)
     print(table(results["summary"]))

@@ -13,6 +13,16 @@ from matplotlib.figure import Figure
 Record = dict[str, Any]
 MEASURES = ("reward", "kl", "length", "overlap")
 SUMMED, AVERAGED = "CoPG", "CoPG, averaged"
+# Hollow and dashed where a curve must lie on another one.
+STYLES: dict[str, dict[str, Any]] = {
+    SUMMED: dict(color="C0", marker="o"),
+    "RLOO": dict(color="C3", marker="o", linestyle="--", markerfacecolor="none", markersize=9),
+    "IPO": dict(color="C2", marker="s"),
+    "DPO": dict(color="C1", marker="^"),
+    "RLOO, no beta": dict(color="C5", marker="D"),
+    "RAFT": dict(color="C4", marker="v"),
+    AVERAGED: dict(color="C6", marker="x"),
+}
 
 
 def spread(values: Iterable[float]) -> dict[str, float | None]:
@@ -27,9 +37,9 @@ def spread(values: Iterable[float]) -> dict[str, float | None]:
 def summarize(runs: Sequence[Record], reference: Sequence[Record]) -> Record:
     """Per method and beta what was reached; the beta with the best last validation reward is a method's best."""
     cells: dict[tuple[str, float | None], list[Record]] = {}
-    for run in sorted(runs, key=lambda run: run["seed"]):
+    for run in sorted(runs, key=lambda run: (list(STYLES).index(run["method"]), run["beta"] or 0, run["seed"])):
         cells.setdefault((run["method"], run["beta"]), []).append(run)
-    sweep = [_cell(*key, cell) for key, cell in sorted(cells.items(), key=lambda item: (item[0][0], item[0][1] or 0))]
+    sweep = [_cell(*key, cell) for key, cell in cells.items()]
     best: dict[str, Record] = {}
     for row in sweep:
         if row["method"] not in best or _last(row) > _last(best[row["method"]]):
@@ -37,7 +47,7 @@ def summarize(runs: Sequence[Record], reference: Sequence[Record]) -> Record:
     before = {record["seed"]: record["test"]["reward"] for record in reference}
     chosen = cells[SUMMED, best[SUMMED]["beta"]]
     return {
-        "reference": {name: spread(record["test"][name] for record in reference) for name in MEASURES},
+        "reference": _cell("reference", None, reference),
         "sweep": sweep,
         "best_beta": {method: row["beta"] for method, row in best.items()},
         "copg_minus_reference": spread(run["test"]["reward"] - before[run["seed"]] for run in chosen),
@@ -73,8 +83,7 @@ def _largest_difference(cells: dict, method: str, other: str) -> float:
 def table(summary: Record) -> str:
     """The test figures as text, mean and standard error over seeds."""
     lines = [f"{'method':16}{'beta':>8}" + "".join(f"{name:>18}" for name in MEASURES)]
-    rows = [{"method": "reference", "beta": None, "test": summary["reference"]}, *summary["sweep"]]
-    for row in rows:
+    for row in [summary["reference"], *summary["sweep"]]:
         star = (
             " *" if row["method"] in summary["best_beta"] and row["beta"] == summary["best_beta"][row["method"]] else ""
         )
@@ -119,8 +128,7 @@ def _plot_sweep(axis: Axes, rows: Sequence[Record], reference: Record, measure: 
     for method, cells in _by_method(rows).items():
         x, xerr = _columns(cells, measure)
         y, yerr = _columns(cells, "reward")
-        (line,) = axis.plot(x, y, label=method, marker="o", markersize=4)
-        axis.errorbar(x, y, yerr, xerr, fmt="none", ecolor=line.get_color(), capsize=2)
+        axis.errorbar(x, y, yerr, xerr, label=method, capsize=2, **STYLES[method])
         for cell, place in zip(cells, zip(x, y, strict=True), strict=True):
             if cell["beta"] is not None:
                 axis.annotate(f"{cell['beta']:.2g}", place, fontsize=7, textcoords="offset points", xytext=(3, 3))
@@ -130,9 +138,10 @@ def _plot_sweep(axis: Axes, rows: Sequence[Record], reference: Record, measure: 
             [point["reward"]["mean"] for point in points],
             s=6,
             alpha=0.4,
-            color=line.get_color(),
+            color=STYLES[method]["color"],
         )
-    axis.scatter([reference[measure]["mean"]], [reference["reward"]["mean"]], marker="*", s=120, color="black")
+    start = reference["test"]
+    axis.scatter([start[measure]["mean"]], [start["reward"]["mean"]], marker="*", s=120, color="black")
     _finish(axis, label, "reward on test prompts; numbers: beta; star: reference")
 
 
@@ -140,14 +149,14 @@ def _plot_steps(axis: Axes, rows: Sequence[Record], summary: Record) -> None:
     for method, cells in _by_method(rows).items():
         cell = next(cell for cell in cells if cell["beta"] == summary["best_beta"][method])
         beta = "" if cell["beta"] is None else f", beta {cell['beta']:.2g}"
-        points = cell["validation"]
+        points = [summary["reference"]["validation"][0], *cell["validation"]]
         axis.errorbar(
             [point["step"] for point in points],
             [point["reward"]["mean"] for point in points],
             [point["reward"]["se"] or 0.0 for point in points],
             label=method + beta,
-            marker=".",
             capsize=2,
+            **STYLES[method],
         )
     _finish(axis, "step", "reward on validation prompts, at each method's best beta")
 
@@ -156,10 +165,10 @@ def _plot_betas(axis: Axes, rows: Sequence[Record], reference: Record) -> None:
     for method, cells in _by_method(rows).items():
         y, yerr = _columns(cells, "reward")
         if cells[0]["beta"] is None:
-            axis.axhline(y[0], label=method, linestyle="--", color=f"C{8 if method == 'RAFT' else 9}")
+            axis.axhline(y[0], label=method, linestyle="-.", color=STYLES[method]["color"])
         else:
-            axis.errorbar([cell["beta"] for cell in cells], y, yerr, label=method, marker=".", capsize=2)
-    axis.axhline(reference["reward"]["mean"], color="black", linestyle=":", label="reference")
+            axis.errorbar([cell["beta"] for cell in cells], y, yerr, label=method, capsize=2, **STYLES[method])
+    axis.axhline(reference["test"]["reward"]["mean"], color="black", linestyle=":", label="reference")
     axis.set_xscale("log")
     _finish(axis, "beta, reward per nat", "reward on test prompts after the last step")
 

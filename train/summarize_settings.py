@@ -53,8 +53,8 @@ class Settings:
 SIZES = {
     # Two CPU cores, less than 15 minutes.
     "tiny": Settings(
-        files_per_package=1500,
-        validation_prompts=96,
+        files_per_package=1200,
+        validation_prompts=64,
         test_prompts=256,
         sft_share=0.6,
         vocab_size=2048,
@@ -71,12 +71,12 @@ SIZES = {
         judged_samples=4,
         reward_epochs=2,
         reward_batch=32,
-        reward_lr=5e-4,
-        data_prompts=400,
-        steps=100,
+        reward_lr=3e-4,
+        data_prompts=320,
+        steps=80,
         pairs_per_step=8,
-        lr=2e-4,
-        evaluate_every=25,
+        lr=3e-4,
+        evaluate_every=20,
         processes=2,
     ),
     # One GPU, meant for less than 8 minutes; not run on one yet.
