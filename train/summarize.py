@@ -40,13 +40,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 # As a script only this file's folder is on the path; the packages lie one above.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.provenance import provenance
 from train.batch import Group
-from train.documents import Document, read_documents
+from train.documents import Document, Splits, read_documents
 from train.log import versions
 from train.offline import offline_pairs
 from train.policy import draw, fine_tune, new_policy
@@ -85,9 +86,10 @@ def validate(options: argparse.Namespace) -> None:
         raise ValueError(f"--size {options.size} needs a CUDA device, and there is none")
 
 
-def prepare(settings: Settings, seeds: Sequence[int]) -> tuple[Laboratory, dict[str, Any]]:
-    """Stages 1 to 4: everything the policies share, and what there is to say about it."""
-    tokenizer, splits = read_documents(settings)
+def prepare(
+    settings: Settings, tokenizer: Tokenizer, splits: Splits, seeds: Sequence[int]
+) -> tuple[Laboratory, dict[str, Any]]:
+    """Stages 2 to 4: everything the policies share, and what there is to say about it."""
     reference = new_policy(settings, tokenizer)
     sft_losses = fine_tune(reference, splits.sft, settings)
 
@@ -136,19 +138,19 @@ def evaluate_reference(lab: Laboratory, seed: int) -> dict[str, Any]:
 
 
 def plan(betas: Sequence[float], seeds: Sequence[int], mean_length: float) -> list[Job]:
-    """Every method at every beta and seed. Averaged log-ratios are shorter by the length, so their beta is longer."""
-    return [
-        Job(name, beta and beta * (mean_length if method.average_logps else 1.0), seed)
-        for name, method in METHODS.items()
-        for beta in (betas if method.has_beta else [None])
-        for seed in seeds
-    ]
+    """Every method at every beta and seed. Averaging divides log-ratios by the length, so beta is multiplied by it."""
+    jobs = []
+    for name, method in METHODS.items():
+        scale = mean_length if method.average_logps else 1.0
+        scaled = [scale * beta for beta in betas] if method.has_beta else [None]
+        jobs += [Job(name, beta, seed) for beta in scaled for seed in seeds]
+    return jobs
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    started, settings, seeds = time.perf_counter(), SIZES[options.size], list(range(options.seeds))
+def run(options: argparse.Namespace, tokenizer: Tokenizer, splits: Splits, started: float) -> dict[str, Any]:
+    settings, seeds = SIZES[options.size], list(range(options.seeds))
     origin = {name: value for name, value in provenance(settings.torch_device).items() if name != "peers"}
-    lab, prepared = prepare(settings, seeds)
+    lab, prepared = prepare(settings, tokenizer, splits, seeds)
     prepared_seconds = time.perf_counter() - started
     jobs = plan(sorted(options.betas), seeds, prepared["offline"]["mean_length"])
     reference = [evaluate_reference(lab, seed) for seed in seeds]
@@ -173,15 +175,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = build_parser()
+    started, parser = time.perf_counter(), build_parser()
     options = parser.parse_args(argv)
     out = Path(options.out)
     try:
         validate(options)
+        tokenizer, splits = read_documents(SIZES[options.size])
         out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    results = run(options)
+    results = run(options, tokenizer, splits, started)
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     draw_figures(results, out)
     print(table(results["summary"]))

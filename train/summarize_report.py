@@ -142,7 +142,7 @@ def _plot_sweep(axis: Axes, rows: Sequence[Record], reference: Record, measure: 
         )
     start = reference["test"]
     axis.scatter([start[measure]["mean"]], [start["reward"]["mean"]], marker="*", s=120, color="black")
-    _finish(axis, label, "reward on test prompts; numbers: beta; star: reference")
+    _finish(axis, label, "reward on test prompts, by beta; dots: validation while training; star: reference")
 
 
 def _plot_steps(axis: Axes, rows: Sequence[Record], summary: Record) -> None:

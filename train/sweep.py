@@ -112,8 +112,11 @@ def run_jobs(folder: Path, jobs: Sequence[Job], processes: int) -> Iterator[dict
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = [pool.submit(train_policy, folder, job) for job in jobs]
-        for future in tqdm(as_completed(futures), "policies", len(futures)):
-            yield future.result()
+        try:
+            for future in tqdm(as_completed(futures), "policies", len(futures)):
+                yield future.result()
+        finally:  # after an error the jobs that have not begun would still be waited for
+            pool.shutdown(cancel_futures=True)
 
 
 def train_policy(folder: Path, job: Job) -> dict[str, Any]:
