@@ -17,6 +17,7 @@ pytest.importorskip("matplotlib")
 from train import summarize
 from train.batch import Group, pack
 from train.documents import Document, Splits, others, read_documents, to_document
+from train.laboratory import Laboratory, evaluate
 from train.model import EOS_ID, PAD_ID, train_tokenizer
 from train.offline import offline_pairs
 from train.optimize import descend
@@ -26,7 +27,7 @@ from train.reward_model import accuracy, bradley_terry_loss, fit_reward_model, n
 from train.summarize_report import spread
 from train.summarize_report import summarize as summarize_runs
 from train.summarize_settings import SIZES
-from train.sweep import METHODS, Job, Laboratory, evaluate, policy_loss, train_policy, unregularized_rloo_loss
+from train.sweep import METHODS, Job, policy_loss, train_policy, unregularized_rloo_loss
 
 MICRO = replace(SIZES["micro"], data_prompts=6)
 COLOURS = ("red", "green", "blue", "white", "black", "grey")

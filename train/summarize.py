@@ -48,6 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench.provenance import provenance
 from train.batch import Group
 from train.documents import Document, Splits, read_documents
+from train.laboratory import Laboratory, evaluate
 from train.log import versions
 from train.offline import offline_pairs
 from train.policy import draw, fine_tune, new_policy
@@ -55,7 +56,7 @@ from train.preferences import preference_pairs
 from train.reward_model import accuracy, fit_reward_model, new_reward_model
 from train.summarize_report import draw_figures, summarize, table
 from train.summarize_settings import SIZES, Settings
-from train.sweep import METHODS, Job, Laboratory, evaluate, run_jobs
+from train.sweep import METHODS, Job, run_jobs
 
 BETAS = (0.01, 0.03, 0.1, 0.3, 1.0)
 

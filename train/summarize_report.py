@@ -81,12 +81,10 @@ def _largest_difference(cells: dict, method: str, other: str) -> float:
 
 
 def table(summary: Record) -> str:
-    """The test figures as text, mean and standard error over seeds."""
+    """The test figures as text, mean and standard error over seeds; a star at each method's best beta."""
     lines = [f"{'method':16}{'beta':>8}" + "".join(f"{name:>18}" for name in MEASURES)]
     for row in [summary["reference"], *summary["sweep"]]:
-        star = (
-            " *" if row["method"] in summary["best_beta"] and row["beta"] == summary["best_beta"][row["method"]] else ""
-        )
+        star = " *" if (row["method"], row["beta"]) in summary["best_beta"].items() else ""
         beta = "" if row["beta"] is None else f"{row['beta']:.3g}"
         values = "".join(f"{_text(row['test'][name]):>18}" for name in MEASURES)
         lines.append(f"{row['method']:16}{beta:>8}{values}{star}")
