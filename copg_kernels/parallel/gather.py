@@ -19,10 +19,10 @@ def gathered(lm_head_weight: Tensor, dtype: torch.dtype | None = None) -> Tensor
     That is what FSDP2 and DDP do to all other parameters; `DTensor.full_tensor()` alone keeps each rank's own gradient.
     The mean is taken in float32 and rounded once to the weight's dtype.
 
-    For a head outside of FSDP's hooks: `fully_shard` the body and the head each by itself, call the body as a module,
-    then `linear_copg_loss(hidden_states, gathered(model.lm_head.weight), ...)`. A body inside of a sharded root must
-    not be called past the root, and a head tied to the embedding cannot be sharded apart from it: put the loss into
-    the forward of the module that is sharded, where the weight is whole and `gathered` returns it as it is.
+    For a head outside of FSDP's hooks: `fully_shard(body)`, `fully_shard(lm_head)`, call the body as a module, then
+    `linear_copg_loss(hidden_states, gathered(lm_head.weight), ...)`. A body whose parameters belong to a sharded parent
+    cannot be called by itself, and `fully_shard` unties, in silence, a head that it shards apart from its embedding.
+    Then put the loss into the forward of the module that is sharded: there the weight is whole, and a plain tensor.
 
     Args:
         lm_head_weight: (V, H) DTensor, sharded or replicated along each dimension of its mesh, all of which are
@@ -45,8 +45,8 @@ def gathered(lm_head_weight: Tensor, dtype: torch.dtype | None = None) -> Tensor
         # Subclasses are other layouts: fully_shard makes _StridedShard of a weight that is tensor-parallel already.
         if type(placement) not in (Shard, Replicate):
             raise ValueError(
-                f"lm_head_weight must be sharded or replicated along each mesh dimension, got {placement}: a tensor-"
-                "parallel head is for parallel_linear_logps"
+                f"lm_head_weight must be sharded or replicated along each mesh dimension, got {placement!r}: a "
+                "tensor-parallel head is for parallel_linear_logps"
             )
     return _Gather.apply(lm_head_weight, dtype)
 
