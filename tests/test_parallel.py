@@ -148,10 +148,19 @@ def test_ignored_rows_get_nothing(ranks):
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
+def test_the_sum_over_ranks_is_rounded_once(ranks):
+    """The twins compute with bfloat16 operands in float32, so only that rounding tells the two types apart."""
+    inputs, dlogps = on_cpu(make_inputs(37, 301, 70, torch.bfloat16)), torch.randn(37)
+    wide = {name: value.float() if value.is_floating_point() else value for name, value in inputs.items()}
+    (_, gradients), *_ = ranks.run(logps_and_gradients, inputs, [76, 76, 76, 73], dlogps, {})
+    (_, in_float32), *_ = ranks.run(logps_and_gradients, wide, [76, 76, 76, 73], dlogps, {})
+    assert torch.equal(gradients["hidden_states"], in_float32["hidden_states"].bfloat16())
+
+
 @pytest.mark.parametrize("backend", ["torch"] + ["triton"] * INTERPRETING)
 @pytest.mark.parametrize("num_tokens", [0, 9])
 def test_nothing_counts(ranks, num_tokens, backend):
-    inputs = on_cpu(make_inputs(num_tokens, 61, 16))
+    inputs = on_cpu(make_inputs(num_tokens, 61, 16, torch.bfloat16 if backend == "torch" else torch.float16))
     inputs["labels"].fill_(-100)
     arguments = (inputs, [30, 0, 31], torch.randn(num_tokens), dict(backend=backend))
     logps, gradients = whole(ranks.run(logps_and_gradients, *arguments, size=3))
