@@ -198,6 +198,19 @@ def test_equal_calls_give_equal_bits(ranks):
         assert all(torch.equal(gradients[name], gradients_again[name]) for name in gradients)
 
 
+def under_autocast(group, *arguments):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return logps_and_gradients(group, *arguments)
+
+
+def test_autocast_rounds_nothing(ranks):
+    arguments = (on_cpu(make_inputs(18, 65, 24)), [30, 35], torch.randn(18), {})
+    plain, cast = (ranks.run(function, *arguments, size=2) for function in (logps_and_gradients, under_autocast))
+    for (logps, gradients), (cast_logps, cast_gradients) in zip(plain, cast, strict=True):
+        assert torch.equal(logps, cast_logps)
+        assert all(torch.equal(gradients[name], cast_gradients[name]) for name in gradients)
+
+
 def frozen_parts(group, inputs, sizes, trained):
     mine = shard_of(group, inputs, sizes, requires_grad=False)
     mine[trained].requires_grad_()
@@ -213,6 +226,33 @@ def test_only_one_gradient(ranks):
             ranks.run(frozen_parts, inputs, [30, 35], trained, size=2), everything, strict=True
         ):
             assert torch.equal(gradient, gradients[trained])
+
+
+def bytes_sent(group, inputs, sizes, options):
+    """What this rank puts into collectives on tensors, by their name."""
+    sent, gather, reduce = dict(all_gather=0, all_reduce=0), dist.all_gather, dist.all_reduce
+
+    def counted_gather(output, tensor, group):
+        sent["all_gather"] += tensor.nbytes
+        gather(output, tensor, group=group)
+
+    def counted_reduce(tensor, group):
+        sent["all_reduce"] += tensor.nbytes
+        reduce(tensor, group=group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_gather", counted_gather)
+        patch.setattr(dist, "all_reduce", counted_reduce)
+        parallel_linear_logps(**shard_of(group, inputs, sizes), **options, group=group).sum().backward()
+    return sent
+
+
+@pytest.mark.parametrize("backend, bytes_per_token", [("torch", 24)] + [("triton", 12)] * INTERPRETING)
+def test_what_travels(ranks, backend, bytes_per_token):
+    """The volumes of docs/scaling.md: three numbers per token, and dX in float32."""
+    inputs = on_cpu(make_inputs(20, 61, 16, torch.float16, ignored=False))
+    for sent in ranks.run(bytes_sent, inputs, [30, 31], dict(backend=backend), size=2):
+        assert sent == dict(all_gather=20 * bytes_per_token, all_reduce=20 * 16 * 4)
 
 
 def test_shard_bounds():

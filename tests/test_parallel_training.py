@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from copg_kernels import linear_copg_loss, linear_logps, sequence_logps
+import copg_kernels
+from copg_kernels import linear_copg_loss, linear_logps, parallel, sequence_logps
 from copg_kernels.parallel import gathered, parallel_copg_loss, parallel_linear_logps
 from copg_kernels.reference import copg_coefficients_ref, copg_loss_ref
 from tests.numerics import relative_error
 from tests.ranks import Ranks
+
+DOCUMENT = (Path(__file__).resolve().parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +243,41 @@ def test_gathered_refuses(ranks):
     )
     with pytest.raises(TypeError, match="lm_head_weight must be a tensor, got list"):
         gathered([1.0])
+
+
+# The recipes of docs/scaling.md
+
+RECIPES = re.findall(r"^```python\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)
+SAME_BATCH, SPREAD, IN_FORWARD, GATHERED = range(4)
+
+
+def run_recipe(group, number, policy, batch):
+    """-> the loss of this rank, and the head's gradient in full."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    mine = batch if number == SAME_BATCH else {name: values.chunk(size)[rank] for name, values in batch.items()}
+    # Where a recipe leaves the body to its reader, and a leaf for the head.
+    given = dict(hidden_states=policy.body(mine["input_ids"]), lm_head_weight=policy.lm_head.weight, model=policy)
+    given |= dict(mesh=DeviceMesh.from_group(group, "cpu"), nn=nn, fully_shard=fully_shard, **mine)
+    scope = vars(copg_kernels) | vars(parallel) | given
+    exec(RECIPES[number], scope)
+    gradient = scope["lm_head_shard"].grad if number == SAME_BATCH else policy.lm_head.weight.grad
+    return scope["loss"].item(), gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+
+
+@pytest.mark.parametrize("number", [SAME_BATCH, SPREAD, IN_FORWARD, GATHERED])
+def test_recipes(ranks, number):
+    policy, batch = Policy(tied=False).double(), batch_of(6 if number == SPREAD else 8)
+    losses, gradients = zip(*ranks.run(run_recipe, number, policy, batch, size=2), strict=True)
+    loss = policy(batch)
+    loss.backward()
+    gold = policy.lm_head.weight.grad
+    assert abs(sum(losses) / 2 - loss.item()) < 1e-12 * abs(loss.item())
+    if number == SAME_BATCH:
+        assert relative_error(torch.cat(gradients), gold) < 1e-12
+    elif number == SPREAD:
+        assert relative_error(sum(gradients) / 2, gold) < 1e-12
+    else:
+        assert all(relative_error(gradient, gold) < 1e-12 for gradient in gradients)
 
 
 # Data-parallel times vocabulary-parallel
