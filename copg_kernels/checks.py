@@ -37,15 +37,17 @@ def resolve_backend(backend: str, hidden_states: Tensor) -> str:
     return backend
 
 
-def check_head(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    """Shapes, dtypes and devices of the head's operands."""
+def check_head(
+    hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, bias: Tensor | None, *, least_rows: int = 1
+) -> None:
+    """Shapes, dtypes and devices of the head's operands; a shard of the head may have no row."""
     _require_tensor("hidden_states", hidden_states, _FLOATS)
     _require_tensor("lm_head_weight", lm_head_weight, (hidden_states.dtype,), hidden_states.device)
     _require_tensor("labels", labels, (torch.int64,), hidden_states.device)
     if hidden_states.dim() < 2 or hidden_states.shape[-1] == 0:
         raise ValueError(f"hidden_states must have shape (..., H) with H > 0, got {tuple(hidden_states.shape)}")
     H = hidden_states.shape[-1]
-    if lm_head_weight.dim() != 2 or lm_head_weight.shape[1] != H or lm_head_weight.shape[0] == 0:
+    if lm_head_weight.dim() != 2 or lm_head_weight.shape[1] != H or lm_head_weight.shape[0] < least_rows:
         raise ValueError(f"lm_head_weight must have shape (V, H) = (V, {H}), got {tuple(lm_head_weight.shape)}")
     if labels.shape != hidden_states.shape[:-1]:
         raise ValueError(
@@ -111,13 +113,18 @@ def group_boundaries(num_sequences: int, group_size: int, cu_groups: Tensor | No
     if cu_groups is not None:
         _check_boundaries("cu_groups", cu_groups, device)
         return cu_groups
+    check_group_size(group_size)
+    if num_sequences == 0 or num_sequences % group_size:
+        raise ValueError(f"group_size must divide the number of completions, {num_sequences}, got {group_size}")
+    return torch.arange(0, num_sequences + 1, group_size, dtype=torch.int32, device=device)
+
+
+def check_group_size(group_size: int) -> None:
+    """Completions per prompt."""
     if isinstance(group_size, bool) or not isinstance(group_size, int):
         raise TypeError(f"group_size must be an int, got {type(group_size).__name__}")
     if group_size < 2:
         raise ValueError(f"group_size must be at least 2 (a contrast needs another completion), got {group_size}")
-    if num_sequences == 0 or num_sequences % group_size:
-        raise ValueError(f"group_size must divide the number of completions, {num_sequences}, got {group_size}")
-    return torch.arange(0, num_sequences + 1, group_size, dtype=torch.int32, device=device)
 
 
 def check_completions(ref_logps: Tensor, rewards: Tensor, num_sequences: int, device: torch.device) -> None:
@@ -131,16 +138,27 @@ def check_loss_inputs(
     logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float, group_size: int, cu_groups: Tensor | None
 ) -> None:
     """The arguments every loss on log-probabilities shares."""
+    check_loss_values(logps, ref_logps, rewards, beta)
+    group_boundaries(logps.numel(), group_size, cu_groups, logps.device)
+    if cu_groups is not None:
+        require_boundaries("cu_groups", cu_groups, logps.numel(), least_size=2)
+
+
+def check_loss_values(logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float) -> None:
+    """One finite number per completion, however these are grouped."""
     _require_tensor("logps", logps, _FLOATS)
     if logps.dim() != 1:
         raise ValueError(f"logps must have shape (N,), got {tuple(logps.shape)}")
     check_completions(ref_logps, rewards, logps.numel(), logps.device)
     check_beta(beta)
-    group_boundaries(logps.numel(), group_size, cu_groups, logps.device)
-    if cu_groups is not None:
-        require_boundaries("cu_groups", cu_groups, logps.numel(), least_size=2)
     require_finite("ref_logps", ref_logps)
     require_finite("rewards", rewards)
+
+
+def check_group_ids(group_ids: Tensor, logps: Tensor) -> None:
+    """The prompt of each completion."""
+    _require_tensor("group_ids", group_ids, (torch.int64,), logps.device)
+    _require_shape("group_ids", group_ids, tuple(logps.shape), "of logps")
 
 
 def check_old_logps(old_logps: Tensor, logps: Tensor, clip: float) -> None:

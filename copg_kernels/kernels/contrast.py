@@ -183,7 +183,8 @@ def contrast_fwd_torch(partials: Partials, rows: PackedRows, completions: Comple
     group = torch.repeat_interleave(sizes, output_size=logps.numel())
     means = segment_sum(regularized_rewards, completions.cu_groups) / sizes
     centered = regularized_rewards.double() - means[group]
-    group_losses = segment_sum(centered**2, completions.cu_groups) / ((sizes - 1) * 2 * completions.beta)
+    # Integers times a Python number would be a float32.
+    group_losses = segment_sum(centered**2, completions.cu_groups) / (sizes - 1) / (2 * completions.beta)
     coefficients = -centered / ((sizes - 1)[group] * completions.num_groups * counts)
     return Contrast(
         (group_losses.sum() / completions.num_groups).to(logps.dtype),

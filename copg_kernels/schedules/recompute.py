@@ -48,8 +48,12 @@ def token_logps_bwd(
     ignore_index: int,
     workspace_bytes: int,
     backend: str,
+    dhidden_dtype: torch.dtype | None = None,
 ) -> Gradients:
-    """(T,) upstream gradient, (T,) log-probs, (2, T) lse -> gradients of hidden states, weight and bias."""
+    """(T,) upstream gradient, (T,) log-probs, (2, T) lse -> gradients of hidden states, weight and bias.
+
+    The gradient of the hidden states is rounded to dhidden_dtype, theirs by default.
+    """
     ops, dtype = tile_ops(backend), hidden_states.dtype
     accumulation, operand = accumulation_dtype(dtype), operand_dtype(dtype, backend)
     packed, rows = counted_rows(hidden_states, labels, ignore_index, backend)
@@ -80,7 +84,7 @@ def token_logps_bwd(
             column = packed_coefficient.to(operand).unsqueeze(1)
             write_product(tile.T, column, unit, gradients.bias[start:stop].unsqueeze(1))
     if needs.hidden_states:
-        dhidden = ops.scale_rows(dhidden, rows.position, coefficient * unit, dtype)
+        dhidden = ops.scale_rows(dhidden, rows.position, coefficient * unit, dhidden_dtype or dtype)
         gradients = gradients._replace(hidden_states=dhidden)
     return gradients
 

@@ -1,0 +1,17 @@
+"""More than one process: the head's vocabulary, the completions of a group, or the head's weight spread over ranks.
+
+    parallel_linear_logps    each rank holds some rows of lm_head_weight and computes with these only
+    parallel_copg_loss       the completions of one prompt lie on several ranks; a few numbers per completion travel
+    gathered                 a head weight that FSDP2 shards, whole for one forward and backward pass
+
+All are collective: every rank of the group calls them, in the same order, in the forward and in the backward pass. What
+ranks must agree on is compared first, so that a wrong call is an error on all of them and not a hang. A rank that dies
+or never arrives ends the others with an error of torch.distributed after the process group's timeout (30 minutes for
+gloo and 10 for NCCL, unless init_process_group or new_group is given another `timeout`).
+"""
+
+from copg_kernels.parallel.contrast import parallel_copg_loss
+from copg_kernels.parallel.gather import gathered
+from copg_kernels.parallel.head import parallel_linear_logps, shard_bounds
+
+__all__ = ["gathered", "parallel_copg_loss", "parallel_linear_logps", "shard_bounds"]
