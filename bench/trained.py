@@ -12,7 +12,8 @@ from bench.inputs import BenchInputs
 from train import checkpoint
 from train.config import Config
 from train.model import head_inputs
-from train.start import Run, batches_in_order, load_data, pack_for, resume_run
+from train.start import load_data, resume_run
+from train.state import Run, batches_in_order, pack_for
 
 
 @torch.no_grad()
