@@ -38,8 +38,8 @@ def save_checkpoint(run_dir: Path, model: Any, tokenizer: Any, state: dict) -> P
     # A full disk is a RuntimeError to torch.save and a SafetensorError to safetensors.
     except (OSError, RuntimeError, SafetensorError) as error:
         stands = f"{older[-1]} stands" if older else "there is none before it"
-        message = f"the checkpoint {final} could not be written ({error}); {stands}"
-        raise OSError(getattr(error, "errno", None), message) from error
+        free = shutil.disk_usage(run_dir).free / 2**20
+        raise OSError(f"{final} could not be written, {free:.1f} MiB are free there: {error}; {stands}") from error
     for folder in older:
         shutil.rmtree(folder)
     return final

@@ -143,6 +143,16 @@ def _validate_combinations(config: Config) -> None:
     for message, refused in needs.items():
         if refused:
             raise ValueError(message)
+    if config.model:
+        _refuse_changed(config, ("vocab_size", "hidden_size", "num_layers", "num_heads"), "--model brings its own")
+    if not config.lora_rank:
+        _refuse_changed(config, ("lora_alpha", "lora_targets"), "there are no adapters without --lora-rank")
+
+
+def _refuse_changed(config: Config, names: Sequence[str], why: str) -> None:
+    for setting in fields(Config):
+        if setting.name in names and getattr(config, setting.name) != setting.default:
+            raise ValueError(f"--{_flag(setting.name)} would have no effect: {why}")
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:

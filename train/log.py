@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -36,14 +38,16 @@ def open_log(path: Path, resume_step: int | None) -> TextIO:
         return path.open("w", encoding="utf-8")
     kept = [line for line in path.read_text(encoding="utf-8").splitlines(True) if _is_kept(line, resume_step)]
     rewritten = path.with_suffix(".partial")
-    rewritten.write_text("".join(kept), encoding="utf-8")
-    os.replace(rewritten, path)
+    with _named(path):
+        rewritten.write_text("".join(kept), encoding="utf-8")
+        os.replace(rewritten, path)
     return path.open("a", encoding="utf-8")
 
 
 def write_line(log: TextIO, record: dict) -> None:
-    log.write(json.dumps(record) + "\n")
-    log.flush()
+    with _named(log.name):
+        log.write(json.dumps(record) + "\n")
+        log.flush()
 
 
 def open_tensorboard(folder: Path, resume_step: int | None) -> Any:
@@ -67,6 +71,15 @@ def read_records(path: Path, key: str) -> list[dict]:
     """The lines that have this key."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [record for record in records if key in record]
+
+
+@contextmanager
+def _named(path: Path | str) -> Iterator[None]:
+    """The file in the message of a failed write, which has none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def _is_kept(line: str, resume_step: int) -> bool:

@@ -20,6 +20,7 @@ def open_policy(
     config: Config, examples: Sequence[Example], folder: Path | None, attention: str | None
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Tokenizer and model, the latter without adapters; from a checkpoint's folder where there is one."""
+    torch.manual_seed(config.seed)
     if folder is None and not config.model:
         texts = (text for example in examples for text in (str(example.prompt), *example.completions))
         tokenizer = train_tokenizer(texts, config.vocab_size)
@@ -91,7 +92,6 @@ def with_new_adapters(model: PreTrainedModel, config: Config) -> nn.Module:
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    torch.manual_seed(config.seed)
     try:
         adapted = peft.get_peft_model(model, settings)
     except ValueError as error:
@@ -133,8 +133,11 @@ def pick_attention(config: Config, device: torch.device) -> str | None:
 
 
 def _loaded(auto: Any, name: str, **options: Any) -> Any:
+    if name.startswith((".", "/")) and not Path(name).is_dir():
+        raise ValueError(f"--model {name}: no such directory")
     try:
         return auto.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"--model {name}: cannot be loaded: {reason}") from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = "it cannot be loaded" if Path(name).exists() else "no such directory, and it cannot be had from the hub"
+        raise ValueError(f"--model {name}: {what}: {reason}") from None

@@ -50,6 +50,7 @@ from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 # As a script only this file's folder is on the path; both packages lie one above.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -236,6 +237,7 @@ def carry_out(run: Run, state: dict | None, report: Report) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser(__doc__)
+    disable_progress_bar()  # that of transformers, for every file it reads or writes
     try:
         config = parse_config(parser, argv)
         device, out = pick_device(config.device), Path(config.out)
@@ -250,13 +252,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     header = {"config": asdict(config), "versions": versions(), "device": str(device), **describe(run)}
     out.mkdir(parents=True, exist_ok=True)
-    with open_log(out / "log.jsonl", resume_step) as log:
-        write_line(log, header)
-        try:
+    try:
+        with open_log(out / "log.jsonl", resume_step) as log:
+            write_line(log, header)
             carry_out(run, state, reporter(log, writer))
-        except (RewardError, CacheError, OSError) as error:  # what is not our fault; the last checkpoint stands
-            print(f"{parser.prog}: error: {error}", file=sys.stderr)
-            return 1
+    except (RewardError, CacheError, OSError) as error:  # from outside this program; the last checkpoint stands
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
     return 0 if not config.check or check_verdict(config) else 1
 
 
