@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,16 +32,21 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def open_log(path: Path, resume_step: int | None) -> TextIO:
+@contextmanager
+def open_log(path: Path, resume_step: int | None) -> Iterator[TextIO]:
     """A new log, or the old one without the steps after the checkpoint that the run continues from."""
-    if resume_step is None or not path.exists():  # a kill may come between the first checkpoint and the log
-        return path.open("w", encoding="utf-8")
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines(True) if _is_kept(line, resume_step)]
-    rewritten = path.with_suffix(".partial")
-    with _named(path):
-        rewritten.write_text("".join(kept), encoding="utf-8")
-        os.replace(rewritten, path)
-    return path.open("a", encoding="utf-8")
+    if resume_step is not None and path.exists():  # a kill may come between the first checkpoint and the log
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines(True) if _is_kept(line, resume_step)]
+        rewritten = path.with_suffix(".partial")
+        with _named(path):
+            rewritten.write_text("".join(kept), encoding="utf-8")
+            os.replace(rewritten, path)
+    log = path.open("w" if resume_step is None else "a", encoding="utf-8")
+    try:
+        yield log
+    finally:
+        with suppress(OSError):  # closing tries once more what write_line has failed to write, and said so
+            log.close()
 
 
 def write_line(log: TextIO, record: dict) -> None:
