@@ -70,7 +70,7 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `final` at the end, or vanishes if the writing fails."""
+    """A folder to write into that becomes `final`, or replaces it, at the end; it vanishes if the writing fails."""
     scratch = final.with_name(f".{final.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -78,6 +78,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         yield scratch
         for path in (*scratch.rglob("*"), scratch):
             _flush_to_disk(path)
+        shutil.rmtree(final, ignore_errors=True)
         os.replace(scratch, final)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -60,6 +60,11 @@ def build_model(config: Config, tokenizer: Tokenizer) -> GPT2LMHeadModel:
     )
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Products of the transformer in bfloat16, where that is the dtype; nothing else."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
 def head_operands(model: nn.Module, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, HeadInputs]:
     """hidden_states (T, H) that predict batch.labels, and the head's weight, bias, scale and cap.
 
@@ -67,7 +72,7 @@ def head_operands(model: nn.Module, batch: Batch, dtype: torch.dtype) -> tuple[T
     """
     inputs = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
     given = {name: value for name, value in inputs.items() if value is not None}
-    with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+    with autocast(batch.input_ids.device, dtype):
         hidden_states = hidden_states_of(model, input_ids=batch.input_ids, **given)
         head = read_head(model)
     return hidden_states.flatten(0, 1).index_select(0, batch.positions), head

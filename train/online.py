@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from train.batch import Group, step_indices
+from train.model import autocast
 from train.policy import without_wrapper
 from train.sampling import sample_completions
 from train.scoring import score
-from train.state import Run, policy_logps, reference_logps
+from train.state import DTYPES, Run, device_of, policy_logps, reference_logps
 
 # Streams of draws that share a seed: no two of them are the same in the first hundred million steps.
 TRAINING, EVALUATION, STREAMS = 0, 1, 2
@@ -39,15 +40,16 @@ def draw_seed(seed: int, step: int, stream: int) -> int:
 
 def sampled_groups(run: Run, prompts: Sequence[Group], num_samples: int, seed: int) -> list[Group]:
     """A group per prompt: samples, rewards, and their log-probs under the sampling and the reference policy."""
-    completions = sample_completions(
-        without_wrapper(run.model),
-        [prompt.prompt_ids for prompt in prompts],
-        num_samples=num_samples,
-        max_new_tokens=run.config.max_completion_tokens,
-        eos_id=run.tokenizer.eos_token_id,
-        pad_id=run.tokenizer.pad_token_id,
-        seed=seed,
-    )
+    with autocast(device_of(run.model), DTYPES[run.config.dtype]):
+        completions = sample_completions(
+            without_wrapper(run.model),
+            [prompt.prompt_ids for prompt in prompts],
+            num_samples=num_samples,
+            max_new_tokens=run.config.max_completion_tokens,
+            eos_id=run.tokenizer.eos_token_id,
+            pad_id=run.tokenizer.pad_token_id,
+            seed=seed,
+        )
     pairs = zip(prompts, completions, strict=True)
     groups = [Group(prompt.prompt_ids, samples, rewards_of(run, prompt, samples)) for prompt, samples in pairs]
     old_logps = policy_logps(run, groups).split([num_samples] * len(groups))

@@ -91,10 +91,6 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / max(1, len(values))
 
 
-def standard_error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-
-
 def train_step(run: Run) -> dict[str, float | str]:
     """One step on the next whole groups, the data's or the policy's own; returns its log record."""
     config, started = run.config, time.perf_counter()
@@ -177,8 +173,8 @@ def evaluate(run: Run) -> dict[str, float]:
     if run.reward is not None:
         return {f"heldout_{name}": value for name, value in evaluate_samples(run).items()}
     margins = heldout_margins(run)
-    ranked = mean([margin > 0 for margin in margins])
-    return {"heldout_margin": mean(margins), "heldout_margin_se": standard_error(margins), "heldout_ranked": ranked}
+    spread = {"heldout_margin_se": statistics.stdev(margins) / len(margins) ** 0.5} if len(margins) > 1 else {}
+    return {"heldout_margin": mean(margins), **spread, "heldout_ranked": mean([margin > 0 for margin in margins])}
 
 
 def train(run: Run, report: Report) -> None:
@@ -229,10 +225,10 @@ def carry_out(run: Run, state: dict | None, report: Report) -> None:
         with atomic_folder(out / "merged") as folder:
             save_model(folder, merge_adapters(run.model), run.tokenizer)
     print(f"step {run.step} of {config.steps}, {time.perf_counter() - started:.0f} s, {checkpoints(out)[-1]}")
-    before, *_, after = read_records(out / "log.jsonl", "evaluated_at")
-    for name, value in after.items():
+    evaluations = read_records(out / "log.jsonl", "evaluated_at")
+    for name, value in evaluations[-1].items():
         if name != "evaluated_at":
-            print(f"{name.replace('_', ' ')}: {before[name]:.3f} -> {value:.3f}")
+            print(f"{name.replace('_', ' ')}: {evaluations[0][name]:.3f} -> {value:.3f}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
