@@ -24,7 +24,7 @@ from tests.tiny_models import (
     tiny_tokenizer,
     write_rows,
 )
-from train import checkpoint, policy, run, start
+from train import checkpoint, pretrained, run, start
 from train.batch import tokenize
 from train.config import Config
 from train.data import Example, write_jsonl
@@ -215,7 +215,7 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path, pairs, capsys):
 
 
 def test_eos_pads_where_nothing_else_does(tmp_path, model, capsys):
-    tokenizer = policy.load_tokenizer(str(model), chat=False)
+    tokenizer = pretrained.load_tokenizer(str(model), chat=False)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id and "no pad token" in capsys.readouterr().out
 
 
@@ -276,7 +276,7 @@ def test_cut_texts_are_counted(tmp_path, model):
 
 
 def test_a_prompt_keeps_its_bos_and_its_end(model):
-    tokenizer = policy.load_tokenizer(str(model), chat=False)
+    tokenizer = pretrained.load_tokenizer(str(model), chat=False)
     tokenizer.add_bos_token = True
     (group,), num_cut = tokenize([Example("abcdefgh", ["x"], [1.0])], tokenizer, 1, max_prompt=4, max_completion=8)
     texts = tokenizer.convert_ids_to_tokens(group.prompt_ids)
@@ -285,7 +285,7 @@ def test_a_prompt_keeps_its_bos_and_its_end(model):
 
 
 def test_chat_prompts_end_where_the_answer_begins(model):
-    tokenizer = policy.load_tokenizer(str(model), chat=True)
+    tokenizer = pretrained.load_tokenizer(str(model), chat=True)
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "red?"}]
     examples = [Example("red?", ["x", "y"], [0.0, 1.0]), Example(messages, ["x", "y"], [0.0, 1.0])]
     groups, _ = tokenize(examples, tokenizer, tokenizer.eos_token_id, 64, 8, chat=True)

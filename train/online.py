@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 
 from train.batch import Group, step_indices
 from train.model import autocast
-from train.policy import without_wrapper
+from train.pretrained import without_wrapper
 from train.sampling import sample_completions
 from train.scoring import score
 from train.state import DTYPES, Run, device_of, policy_logps, reference_logps

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train.batch import Group
-from train.policy import without_wrapper
+from train.pretrained import without_wrapper
 from train.state import Run, reference_logps, with_ref_logps
 
 

@@ -63,7 +63,7 @@ from train.model import head_operands
 from train.objective import Objective, StepLoss, head_difference, objective, reward_margin, step_loss
 from train.online import evaluate_samples, next_groups, sample_statistics
 from train.optimizer import apply_gradients, learning_rate
-from train.policy import merge_adapters, without_wrapper
+from train.pretrained import merge_adapters, without_wrapper
 from train.process import peak_mib, pick_device, stop_on_signal
 from train.ref_logps import CacheError
 from train.scoring import RewardError

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from copg_kernels.integrations.transformers import read_head
-from train import checkpoint, policy
+from train import checkpoint, pretrained
 from train.batch import Group, split_heldout, tokenize
 from train.config import Config, config_differences
 from train.data import Example, read_examples, write_jsonl
@@ -71,15 +71,15 @@ def build_run(
 ) -> Run:
     """A run at step 0 or, with its newest checkpoint's state, one for `restore`."""
     reward = load_reward(config.reward) if config.reward else None
-    attention = policy.pick_attention(config, device)
+    attention = pretrained.pick_attention(config, device)
     folder = checkpoint.checkpoints(Path(config.out))[-1] if state else None
-    tokenizer, model = policy.open_policy(config, examples, folder, attention)
+    tokenizer, model = pretrained.open_policy(config, examples, folder, attention)
     groups, cut = token_groups(config, tokenizer, examples)
     base_digest = weights_digest(model) if config.lora_rank else ""
     if state is not None and base_digest != state["base_digest"]:
         raise ValueError(f"--resume: the weights of {config.model} have changed since {folder} was written")
     read_head(model)  # one that is not understood is refused here
-    trained = policy.trained_part(config, model, folder).to(device)
+    trained = pretrained.trained_part(config, model, folder).to(device)
     run = Run(config, trained, make_optimizer(config, trained), tokenizer, *groups, data_digest)
     return replace(run, is_packed=attention is not None, reward=reward, base_digest=base_digest, cut=cut)
 
@@ -116,7 +116,7 @@ def restore(run: Run, state: dict) -> Run:
         run.sampled = restore_sampled(state["sampled"])
         if not run.config.lora_rank:
             attention = "flash_attention_2" if run.is_packed else None
-            reference = policy.load_model(str(_reference_folder(run.config)), run.config, attention)
+            reference = pretrained.load_model(str(_reference_folder(run.config)), run.config, attention)
             run.reference = reference.to(next(run.model.parameters()).device).requires_grad_(False).eval()
     checkpoint.restore_rng(state["rng"])
     return run

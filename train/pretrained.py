@@ -25,10 +25,10 @@ def open_policy(
         texts = (text for example in examples for text in (str(example.prompt), *example.completions))
         tokenizer = train_tokenizer(texts, config.vocab_size)
         return as_pretrained(tokenizer), build_model(config, tokenizer)
-    pretrained = load_tokenizer(str(folder or config.model), config.chat)
+    trained = load_tokenizer(str(folder or config.model), config.chat)
     model = load_model(str(config.model if config.lora_rank else folder or config.model), config, attention)
-    check_fit(model, pretrained, config)
-    return pretrained, model
+    check_fit(model, trained, config)
+    return trained, model
 
 
 def load_tokenizer(name: str, chat: bool) -> PreTrainedTokenizerBase:
