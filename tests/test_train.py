@@ -32,6 +32,8 @@ from train.objective import (
 from train.reward import token_f1
 from train.state import Run, pack_for, policy_logps
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 TINY = (
     "--device cpu --heldout-prompts 4 --vocab-size 300 --hidden-size 16 --num-layers 1 --num-heads 2 "
@@ -49,15 +51,6 @@ def colour_examples(count: int) -> list[Example]:
         rewards = [float(completion.endswith(colour)) for completion in completions]
         examples.append(Example(f"number {i}, {colour}\n", completions, rewards))
     return examples
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors of a few hundred numbers: more threads would mostly wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

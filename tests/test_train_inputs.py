@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("transformers")
 
 from tests.test_train import colour_examples
-from tests.tiny_models import arguments, begun_run, refusal, save_tiny_model, step_records, write_rows
+from tests.tiny_models import arguments, begun_run, needs_peft, refusal, save_tiny_model, step_records, write_rows
 from train import ref_logps, run
 from train.batch import Group, num_tokens, pack, singles, unpadded
 from train.data import read_examples, write_jsonl
@@ -21,19 +21,13 @@ from train.log import open_log, read_records, write_line
 from train.model import head_operands
 from train.objective import completion_logps
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROWS = [
     {"prompt": "a", "completions": ["x", "yy"], "rewards": [1, 0], "id": 7},
     {"prompt": "b", "completions": ["x", "yy", "z"], "rewards": [0, 1, 2], "id": 8},
 ]
 CHAT = {"prompt": [{"role": "user", "content": "hi"}], "completions": ["x", "y"], "rewards": [0.0, 1.0]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -207,9 +201,8 @@ def test_where_the_cache_is(tmp_path, monkeypatch):
 # A full disk
 
 
-@pytest.mark.parametrize("flags", [(), ("--lora-rank", "2")], ids=["whole", "adapters"])
+@pytest.mark.parametrize("flags", [(), pytest.param(("--lora-rank", "2"), marks=needs_peft)], ids=["whole", "adapters"])
 def test_a_full_disk_is_named_and_the_last_checkpoint_stands(tmp_path, model, colours, capsys, monkeypatch, flags):
-    pytest.importorskip("peft")
     save = torch.save
 
     def full_from_step_two(state, path):

@@ -18,6 +18,7 @@ from tests.tiny_models import (
     assert_same_checkpoint,
     begun_run,
     config_of,
+    needs_peft,
     refusal,
     save_tiny_model,
     step_records,
@@ -30,15 +31,9 @@ from train.config import Config
 from train.data import Example, write_jsonl
 from train.optimizer import learning_rate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LORA = ("--lora-rank", "4")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +68,7 @@ def test_fused_and_reference_train_alike(tmp_path, pairs, kind):
     assert max(abs(record["mean_log_ratio"]) for record in step_records(tmp_path / "fused")) > 0.2
 
 
+@needs_peft
 @pytest.mark.parametrize("loss", ["ipo", "dpo", "rloo", "reinforce", "raft", "ppo", "rebel"])
 def test_every_loss_trains_alike(tmp_path, pairs, model, loss):
     losses = {}
@@ -83,6 +79,7 @@ def test_every_loss_trains_alike(tmp_path, pairs, model, loss):
     assert losses["fused"] == pytest.approx(losses["reference"], rel=1e-4, abs=1e-6)
 
 
+@needs_peft
 def test_the_check_covers_adapters(tmp_path, pairs, model, capsys):
     """Half of the adapters have no gradient in the first step: it is compared with zero."""
     assert run.main(arguments(model, pairs, tmp_path, "--steps", "2", "--check", *LORA)) == 0
@@ -138,8 +135,10 @@ def test_the_small_model_is_one_too(tmp_path, pairs):
     assert tokenizer.eos_token_id == loaded.config.eos_token_id
 
 
+@needs_peft
 def test_adapters_can_be_loaded_or_folded_in(tmp_path, pairs, model):
-    peft = pytest.importorskip("peft")
+    import peft
+
     assert run.main(arguments(model, pairs, tmp_path, "--steps", "3", "--save-merged", "--lr", "1e-2", *LORA)) == 0
     folder = checkpoint.checkpoints(tmp_path)[-1]
     assert (folder / "adapter_model.safetensors").is_file() and not (folder / "model.safetensors").exists()
@@ -151,8 +150,8 @@ def test_adapters_can_be_loaded_or_folded_in(tmp_path, pairs, model):
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == "<eos>"
 
 
+@needs_peft
 def test_adapters_leave_the_rest_and_the_head_alone(tmp_path, pairs, model):
-    pytest.importorskip("peft")
     run_ = begun_run(model, pairs, tmp_path, *LORA)
     names = [name for name, parameter in run_.model.named_parameters() if parameter.requires_grad]
     assert names and all("lora" in name for name in names) and not any("lm_head" in name for name in names)
@@ -162,7 +161,11 @@ def test_adapters_leave_the_rest_and_the_head_alone(tmp_path, pairs, model):
 # Resume
 
 
-@pytest.mark.parametrize("flags", [(), LORA, ("--loss", "reinforce", "--schedule", "cosine")], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [(), pytest.param(LORA, marks=needs_peft), ("--loss", "reinforce", "--schedule", "cosine")],
+    ids=["whole", "adapters", "reinforce"],
+)
 def test_resume_is_bit_identical(tmp_path, pairs, model, flags, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run.main(arguments(model, pairs, whole, "--steps", "6", *flags))
@@ -183,8 +186,8 @@ def test_resume_is_bit_identical(tmp_path, pairs, model, flags, monkeypatch):
     assert step_records(whole) == step_records(broken)
 
 
+@needs_peft
 def test_resume_refuses_what_would_change_the_run(tmp_path, pairs, capsys):
-    pytest.importorskip("peft")
     model = save_tiny_model(tmp_path / "model")
     command = arguments(model, pairs, tmp_path / "out", "--steps", "1", "--schedule", "linear", *LORA)
     run.main(command)
@@ -239,9 +242,9 @@ def test_bad_commands(tmp_path, pairs, model, capsys, message, flags):
     assert not (tmp_path / "out").exists()
 
 
+@needs_peft
 @pytest.mark.parametrize("targets", ["nothing", "lm_head,q_proj"])
 def test_bad_adapters(tmp_path, pairs, model, capsys, targets):
-    pytest.importorskip("peft")
     message = refusal(capsys, arguments(model, pairs, tmp_path / "out", *LORA, "--lora-targets", targets))
     assert f"--lora-targets {targets}: " in message
 
@@ -292,6 +295,16 @@ def test_chat_prompts_end_where_the_answer_begins(model):
     assert tokenizer.decode(groups[0].prompt_ids) == "<bos>[user] red?\n[assistant] "
     assert tokenizer.decode(groups[1].prompt_ids) == "<bos>[system] be brief\n[user] red?\n[assistant] "
     assert tokenizer.decode(groups[0].completion_ids[0]) == "x<eos>"
+
+
+def test_a_chat_is_trained_on(tmp_path, model):
+    """The same question as a text and as a message: the runs are the same."""
+    texts = [{"prompt": f"number {i}?", "completions": ["red", "it is"], "rewards": [1, 0]} for i in range(8)]
+    chats = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in texts]
+    for name, rows in {"texts": texts, "chats": chats}.items():
+        data = write_rows(tmp_path / f"{name}.jsonl", rows)
+        run.main(arguments(model, data, tmp_path / name, "--chat", "--steps", "2"))
+    assert step_records(tmp_path / "texts") == step_records(tmp_path / "chats")
 
 
 def test_defaults_with_a_model(tmp_path, pairs, model):

@@ -15,6 +15,7 @@ from tests.tiny_models import (
     arguments,
     assert_same_checkpoint,
     begun_run,
+    needs_peft,
     refusal,
     save_tiny_model,
     step_records,
@@ -26,6 +27,8 @@ from train.data import Example, read_examples
 from train.online import draw_seed, evaluate_samples, next_groups, sample_statistics
 from train.scoring import RewardError, load_reward, score
 from train.state import policy_logps, reference_logps
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 REWARDS = """
 CALLS = []
@@ -66,14 +69,6 @@ def gives_none(prompt, completions, **row):
 NO_FUNCTION = 3
 """
 ONLINE = ("--group-size", "3", "--max-completion-tokens", "6")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -118,10 +113,9 @@ def test_the_reward_function_gets_what_it_needs(tmp_path, model, prompts):
         assert group.rewards == [text.count("e") / max(1, len(text)) for text in texts]
 
 
-@pytest.mark.parametrize("flags", [(), ("--lora-rank", "4")], ids=["whole", "adapters"])
+@pytest.mark.parametrize("flags", [(), pytest.param(("--lora-rank", "4"), marks=needs_peft)], ids=["whole", "adapters"])
 def test_samples_carry_both_log_probs(tmp_path, model, prompts, flags):
     """After a few steps the policy is no longer the reference, and both are asked about the same samples."""
-    pytest.importorskip("peft")
     command = (*ONLINE, "--lr", "1e-2", "--beta", "0.01", *flags)
     run_ = begun_run(model, prompts, tmp_path / "out", "--reward", "my_rewards:low_bytes", *command)
     for _ in range(3):
@@ -165,14 +159,13 @@ def test_the_reward_rises(tmp_path, model, prompts):
     "flags",
     [
         ("--sync-every", "3", "--loss", "ppo"),
-        ("--lora-rank", "4", "--loss", "rebel"),
+        pytest.param(("--lora-rank", "4", "--loss", "rebel"), marks=needs_peft),
         ("--loss", "reinforce", "--micro-batch", "4"),
     ],
     ids=["ppo", "adapters", "reinforce"],
 )
 def test_resume_is_bit_identical(tmp_path, model, prompts, flags):
     """The first half ends between two samplings: what was sampled for later steps is in the checkpoint."""
-    pytest.importorskip("peft")
     run.main(online(model, prompts, tmp_path / "whole", "--steps", "7", *flags))
     run.main(online(model, prompts, tmp_path / "halves", "--steps", "4", *flags))
     run.main(online(model, prompts, tmp_path / "halves", "--steps", "7", "--resume", *flags))
@@ -259,6 +252,14 @@ def test_bad_rewards_are_refused(tmp_path, model, prompts, capsys, message, name
 def test_a_warm_up_needs_completions(tmp_path, model, prompts, capsys):
     command = online(model, prompts, tmp_path / "out", "--sft-steps", "2")
     assert "--sft-steps 2 needs completions" in refusal(capsys, command)
+
+
+def test_an_online_run_is_no_input_of_the_benchmark(tmp_path, model, prompts):
+    from bench.trained import trained_inputs
+
+    run.main(online(model, prompts, tmp_path / "out", "--steps", "1"))
+    with pytest.raises(ValueError, match="was trained online: its held-out prompts have no completions"):
+        trained_inputs(tmp_path / "out")
 
 
 def test_offline_rows_need_completions(tmp_path, model, prompts, capsys):

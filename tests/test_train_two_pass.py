@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers")
 
 from tests.test_train import colour_examples
-from tests.tiny_models import arguments, begun_run, save_tiny_model, step_records
+from tests.tiny_models import arguments, begun_run, needs_peft, save_tiny_model, step_records
 from train import run
 from train.config import LOSSES
 from train.data import Example, write_jsonl
@@ -19,13 +19,7 @@ from train.objective import objective, step_loss
 from train.state import DTYPES, Run, batches_in_order, differentiable_logps, pack_for
 from train.two_pass import backward_in_two_passes, value_and_coefficients
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +88,9 @@ def test_two_passes_equal_one(tmp_path, data, model, loss, micro_batch):
     assert_two_passes_equal_one(away_from_the_reference(begun_run(model, data, tmp_path, *flags)))
 
 
+@needs_peft
 @pytest.mark.parametrize("loss", ["copg", "ppo", "dpo"])
 def test_two_passes_equal_one_with_adapters(tmp_path, data, model, loss):
-    pytest.importorskip("peft")
     flags = ("--loss", loss, "--micro-batch", "2", "--lora-rank", "4", "--average-logps")
     assert_two_passes_equal_one(away_from_the_reference(begun_run(model, data, tmp_path, *flags)))
 

@@ -23,12 +23,13 @@ def open_policy(
     torch.manual_seed(config.seed)
     if folder is None and not config.model:
         texts = (text for example in examples for text in (str(example.prompt), *example.completions))
-        tokenizer = train_tokenizer(texts, config.vocab_size)
-        return as_pretrained(tokenizer), build_model(config, tokenizer)
-    trained = load_tokenizer(str(folder or config.model), config.chat)
+        byte_pairs = train_tokenizer(texts, config.vocab_size)
+        return as_pretrained(byte_pairs), build_model(config, byte_pairs)
+    tokenizer = load_tokenizer(str(folder or config.model), config.chat)
+    # A checkpoint has the adapters alone; what is below them comes from where it came at first.
     model = load_model(str(config.model if config.lora_rank else folder or config.model), config, attention)
-    check_fit(model, trained, config)
-    return trained, model
+    check_fit(model, tokenizer, config)
+    return tokenizer, model
 
 
 def load_tokenizer(name: str, chat: bool) -> PreTrainedTokenizerBase:
