@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 from tests.test_train import colour_examples
 from tests.tiny_models import arguments, begun_run, needs_peft, refusal, save_tiny_model, step_records, write_rows
-from train import ref_logps, run
+from train import checkpoint, ref_logps, run
 from train.batch import Group, num_tokens, pack, singles, unpadded
 from train.data import read_examples, write_jsonl
 from train.log import open_log, read_records, write_line
@@ -228,6 +228,14 @@ def test_a_log_that_cannot_be_written_is_named():
     with pytest.raises(OSError, match="/dev/full could not be written.*No space left"):
         with open_log(Path("/dev/full"), None) as log:
             write_line(log, {"step": 1})
+
+
+def test_checkpoints_of_another_version_are_refused(tmp_path, model, colours, capsys):
+    command = arguments(model, colours, tmp_path / "out", "--steps", "1")
+    run.main(command)
+    folder = checkpoint.checkpoints(tmp_path / "out")[-1]
+    torch.save(checkpoint.load_state(folder) | {"format": 1}, folder / "state.pt")
+    assert f"{folder} was written by another version" in refusal(capsys, [*command, "--resume"])
 
 
 # The log

@@ -275,7 +275,7 @@ def test_cut_texts_are_counted(tmp_path, model):
     data = write_rows(tmp_path / "long.jsonl", rows)
     run.main(arguments(model, data, tmp_path / "out", "--steps", "1", "--prompts-per-step", "1"))
     header = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[0])
-    assert header["cut"] == {"prompts": 2, "completions": 4}
+    assert header["cut"] == {"prompts": 2, "completions": 4} and header["attention"] == "padded, sdpa"
 
 
 def test_a_prompt_keeps_its_bos_and_its_end(model):

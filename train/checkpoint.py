@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+# Of state.pt and of what lies beside it.
+FORMAT = 2
+
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
@@ -34,7 +37,7 @@ def save_checkpoint(run_dir: Path, model: Any, tokenizer: Any, state: dict) -> P
     try:
         with atomic_folder(final) as folder:
             save_model(folder, model, tokenizer)
-            torch.save(state, folder / "state.pt")
+            torch.save(state | {"format": FORMAT}, folder / "state.pt")
     # A full disk is a RuntimeError to torch.save and a SafetensorError to safetensors.
     except (OSError, RuntimeError, SafetensorError) as error:
         stands = f"{older[-1]} stands" if older else "there is none before it"
@@ -51,7 +54,10 @@ def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 def load_state(folder: Path) -> dict:
-    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{folder} was written by another version of this program")
+    return state
 
 
 def rng_state() -> dict:

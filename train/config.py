@@ -122,7 +122,7 @@ def _validate_sparse_eps(config: Config) -> None:
 
 
 def _validate_combinations(config: Config) -> None:
-    needs = {
+    refusals = {
         "--resume needs --out, the directory of the run to continue": config.resume and not config.out,
         "--chat needs --model: the model from random weights has no chat template": config.chat and not config.model,
         "--lora-rank needs --model: adapters change a trained model": config.lora_rank and not config.model,
@@ -140,7 +140,7 @@ def _validate_combinations(config: Config) -> None:
             config.micro_batch and config.sparse_eps
         ),
     }
-    for message, refused in needs.items():
+    for message, refused in refusals.items():
         if refused:
             raise ValueError(message)
     if config.model:

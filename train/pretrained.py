@@ -24,7 +24,10 @@ def open_policy(
     if folder is None and not config.model:
         texts = (text for example in examples for text in (str(example.prompt), *example.completions))
         byte_pairs = train_tokenizer(texts, config.vocab_size)
-        return as_pretrained(byte_pairs), build_model(config, byte_pairs)
+        model = build_model(config, byte_pairs)
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        return as_pretrained(byte_pairs), model
     tokenizer = load_tokenizer(str(folder or config.model), config.chat)
     # A checkpoint has the adapters alone; what is below them comes from where it came at first.
     model = load_model(str(config.model if config.lora_rank else folder or config.model), config, attention)

@@ -21,11 +21,12 @@ from train.batch import Group, split_heldout, tokenize
 from train.config import Config, config_differences
 from train.data import Example, read_examples, write_jsonl
 from train.docstrings import docstring_examples
+from train.model import autocast
 from train.online import restore_sampled, sampled_state
 from train.optimizer import make_optimizer
 from train.ref_logps import set_ref_logps, weights_digest
 from train.scoring import load_reward
-from train.state import Run, flat_ref_logps, with_ref_logps
+from train.state import DTYPES, Run, device_of, flat_ref_logps, with_ref_logps
 from train.warmup import supervised_warmup
 
 
@@ -78,8 +79,9 @@ def build_run(
     base_digest = weights_digest(model) if config.lora_rank else ""
     if state is not None and base_digest != state["base_digest"]:
         raise ValueError(f"--resume: the weights of {config.model} have changed since {folder} was written")
-    read_head(model)  # one that is not understood is refused here
     trained = pretrained.trained_part(config, model, folder).to(device)
+    with autocast(device, DTYPES[config.dtype]):
+        read_head(trained)  # one that is not understood is refused here
     run = Run(config, trained, make_optimizer(config, trained), tokenizer, *groups, data_digest)
     return replace(run, is_packed=attention is not None, reward=reward, base_digest=base_digest, cut=cut)
 
@@ -115,9 +117,10 @@ def restore(run: Run, state: dict) -> Run:
     else:
         run.sampled = restore_sampled(state["sampled"])
         if not run.config.lora_rank:
-            attention = "flash_attention_2" if run.is_packed else None
+            device = device_of(run.model)
+            attention = pretrained.pick_attention(run.config, device)
             reference = pretrained.load_model(str(_reference_folder(run.config)), run.config, attention)
-            run.reference = reference.to(next(run.model.parameters()).device).requires_grad_(False).eval()
+            run.reference = reference.to(device).requires_grad_(False).eval()
     checkpoint.restore_rng(state["rng"])
     return run
 
