@@ -12,7 +12,8 @@ from bench.inputs import BenchInputs
 from train import checkpoint
 from train.config import Config
 from train.model import head_inputs
-from train.start import Run, batches_in_order, load_data, pack_for, resume_run
+from train.start import load_data, resume_run
+from train.state import Run, batches_in_order, pack_for
 
 
 @torch.no_grad()
@@ -22,6 +23,8 @@ def trained_inputs(run_dir: Path) -> tuple[BenchInputs, Tensor | None]:
     Without an upstream gradient; ValueError where the directory is not that of a run.
     """
     run = load_run(run_dir)
+    if run.reward is not None:
+        raise ValueError(f"{run_dir} was trained online: its held-out prompts have no completions")
     batch = pack_for(run, run.heldout_groups)
     parts = [head_inputs(run.model, part, torch.float32)[0] for part in batches_in_order(run, run.heldout_groups)]
     inputs = BenchInputs(

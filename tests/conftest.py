@@ -33,6 +33,15 @@ def backend(request) -> str:
     return request.param
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tensors of a few hundred numbers: more threads would mostly wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def seed_from_test_name(request):
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))

@@ -21,14 +21,18 @@ from train.batch import Group, pack, split_heldout, step_indices, tokenize
 from train.config import Config, build_parser, parse_config
 from train.data import Example, parse_example, read_jsonl, write_jsonl
 from train.docstrings import docstring_examples, is_told_by, split_docstring
-from train.model import EOS, EOS_ID, PAD, PAD_ID, head_inputs, train_tokenizer
+from train.model import EOS, EOS_ID, PAD, PAD_ID, head_operands, train_tokenizer
 from train.objective import (
     fused_objective,
     head_difference,
     reference_objective,
     reward_margin,
+    step_loss,
 )
 from train.reward import token_f1
+from train.state import Run, pack_for, policy_logps
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
 TINY = (
@@ -49,15 +53,6 @@ def colour_examples(count: int) -> list[Example]:
     return examples
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors of a few hundred numbers: more threads would mostly wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "colours.jsonl"
@@ -73,7 +68,7 @@ def tiny_config(data: Path, out: Path, *more: str) -> Config:
     return parse_config(build_parser(""), tiny_arguments(data, out, *more))
 
 
-def tiny_run(data: Path, out: Path, *more: str) -> start.Run:
+def tiny_run(data: Path, out: Path, *more: str) -> Run:
     config = tiny_config(data, out, *more)
     return start.start_run(config, *start.load_data(config), CPU)
 
@@ -271,7 +266,7 @@ def test_heldout_groups_are_not_trained_on():
 def test_padding_and_neighbours_do_not_change_logps(colours, tmp_path):
     """Packed hidden states are those that each sequence has on its own, without padding."""
     run_ = tiny_run(colours, tmp_path)
-    logps = start.policy_logps(run_, start.pack_for(run_, run_.train_groups[:4]))
+    logps = policy_logps(run_, run_.train_groups[:4])
     row = 0
     for group in run_.train_groups[:4]:
         for completion in group.completion_ids:
@@ -288,12 +283,12 @@ def test_fused_and_reference_agree(colours, tmp_path):
     """On ragged groups, away from the reference policy, for every parameter of the model."""
     run_ = tiny_run(colours, tmp_path)
     run.train_step(run_)
-    batch = start.pack_for(run_, run_.train_groups[:6])
+    batch = pack_for(run_, run_.train_groups[:6])
     assert batch.cu_groups is not None
-    inputs = head_inputs(run_.model, batch, torch.float32)
-    difference = head_difference(run_.model, *inputs, batch, beta=0.1)
+    inputs = (*head_operands(run_.model, batch, torch.float32), batch, step_loss(run_.config, batch))
+    difference = head_difference(run_.model, *inputs)
     assert difference.gradient <= 1e-5 and difference.loss <= 1e-5
-    fused, reference = (f(*inputs, batch, 0.1) for f in (fused_objective, reference_objective))
+    fused, reference = (f(*inputs) for f in (fused_objective, reference_objective))
     torch.testing.assert_close(fused.log_ratios.double(), reference.log_ratios, atol=1e-4, rtol=0)
     assert reference.log_ratios.abs().max() > 1e-2
     regularized = (batch.rewards - 0.1 * reference.log_ratios).split(batch.group_sizes)
@@ -303,14 +298,14 @@ def test_fused_and_reference_agree(colours, tmp_path):
 
 def test_difference_sees_a_wrong_gradient(colours, tmp_path, monkeypatch):
     run_ = tiny_run(colours, tmp_path)
-    batch = start.pack_for(run_, run_.train_groups[:4])
-    inputs = head_inputs(run_.model, batch, torch.float32)
+    batch = pack_for(run_, run_.train_groups[:4])
+    inputs = (*head_operands(run_.model, batch, torch.float32), batch, step_loss(run_.config, batch))
 
     def off_by_a_thousandth(*args):
         return fused_objective(*args)._replace(loss=reference_objective(*args).loss * 1.001)
 
     monkeypatch.setattr("train.objective.fused_objective", off_by_a_thousandth)
-    assert head_difference(run_.model, *inputs, batch, beta=0.1).gradient == pytest.approx(1e-3, rel=1e-2)
+    assert head_difference(run_.model, *inputs).gradient == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_both_heads_train_alike(colours, tmp_path):
@@ -329,7 +324,7 @@ def test_margin_by_hand():
         Group([1], [[2], [3]], [1.0, 0.0]),
     ]
     log_ratios = torch.tensor([0.0, 5.0, 2.0, 1.0, 9.0, -1.0, 1.5])
-    assert reward_margin(log_ratios, pack(groups, 0, CPU)) == [3.0, -2.5]
+    assert reward_margin(log_ratios, groups) == [3.0, -2.5]
 
 
 def test_log_ratios_start_at_zero_and_the_margin_rises(tmp_path):
@@ -364,7 +359,7 @@ def test_resume_after_an_exception(colours, tmp_path, monkeypatch):
     run.main(tiny_arguments(colours, whole, "--steps", "6"))
     train_step = run.train_step
 
-    def fail_at_five(run_: start.Run) -> dict:
+    def fail_at_five(run_: Run) -> dict:
         if run_.step == 5:
             raise RuntimeError("out of memory")
         return train_step(run_)

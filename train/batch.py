@@ -1,34 +1,41 @@
-"""From examples to a step's tensors: padded sequences for the transformer, packed rows for the head."""
+"""From token ids to a step's tensors: padded sequences for the transformer, packed rows for the head."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from train.data import Example
+from train.tokens import encode, encode_chat, encode_prompt
 
 
 @dataclass(frozen=True)
 class Group:
-    """Token ids of a prompt and of its completions, EOS included, with rewards and reference log-probs."""
+    """Token ids of a prompt and of its completions, EOS included, with rewards and log-probs of other policies."""
 
     prompt_ids: list[int]
     completion_ids: list[list[int]]
     rewards: list[float]
     ref_logps: tuple[float, ...] = ()
+    old_logps: tuple[float, ...] = ()  # under the policy that sampled the completions, where these were sampled
+    source: Example | None = None  # what a reward function is asked about, online
 
 
 @dataclass(frozen=True)
 class Batch:
-    """N completions of whole groups, padded to length L; T completion tokens, packed one after the other."""
+    """N completions of whole groups, padded to length L; T completion tokens, packed one after the other.
 
-    input_ids: Tensor  # (N, L) int64, prompt + completion, padded on the right
-    attention_mask: Tensor  # (N, L) int64, 1 on tokens
+    For an attention that knows the bounds of sequences the N of them are one row without padding, see `unpadded`.
+    """
+
+    input_ids: Tensor  # (N, L) int64, prompt + completion, padded on the right; (1, number of tokens) unpadded
+    attention_mask: Tensor | None  # (N, L) int64, 1 on tokens; None unpadded
     positions: Tensor  # (T,) int64, where in the flattened (N * L) the state lies that predicts labels[t]
     labels: Tensor  # (T,) int64
     cu_seqlens: Tensor  # (N + 1,) int32, bounds of the completions in the packed rows
@@ -36,10 +43,17 @@ class Batch:
     ref_logps: Tensor  # (N,) float32, (0,) before the reference policy has been asked
     group_sizes: list[int]
     cu_groups: Tensor | None  # (G + 1,) int32, bounds of ragged groups; None where all are of group_sizes[0]
+    old_logps: Tensor  # (N,) float32, those of the sampling policy; (0,) for completions from elsewhere
+    position_ids: Tensor | None = None  # (1, number of tokens) int64, from 0 in each sequence; None where padded
 
 
 def tokenize(
-    examples: Sequence[Example], tokenizer: Tokenizer, eos_id: int, max_prompt: int, max_completion: int
+    examples: Sequence[Example],
+    tokenizer: Tokenizer | PreTrainedTokenizerBase,
+    eos_id: int,
+    max_prompt: int,
+    max_completion: int,
+    chat: bool = False,
 ) -> tuple[list[Group], int]:
     """Groups of token ids, and how many prompts and completions were too long and have been cut.
 
@@ -47,14 +61,13 @@ def tokenize(
     """
     groups, num_cut = [], 0
     for example in examples:
-        prompt, *completions = (
-            encoding.ids
-            for encoding in tokenizer.encode_batch([example.prompt, *example.completions], add_special_tokens=False)
-        )
-        completions = [ids + [eos_id] for ids in completions]
-        num_cut += (len(prompt) > max_prompt) + sum(len(ids) > max_completion for ids in completions)
-        cut = [ids[:max_completion] for ids in completions]
-        groups.append(Group(prompt[-max_prompt:], cut, example.rewards))
+        if chat:
+            prompt, is_cut = encode_chat(tokenizer, example.prompt, max_prompt), False
+        else:
+            prompt, is_cut = encode_prompt(tokenizer, example.prompt, max_prompt)
+        completions = [ids + [eos_id] for ids in encode(tokenizer, example.completions)]
+        num_cut += is_cut + sum(len(ids) > max_completion for ids in completions)
+        groups.append(Group(prompt, [ids[:max_completion] for ids in completions], example.rewards))
     return groups, num_cut
 
 
@@ -79,9 +92,38 @@ def pack(groups: Sequence[Group], pad_id: int, device: torch.device) -> Batch:
         cu_seqlens=_bounds([len(completion) for _, completion in pairs], device),
         rewards=torch.tensor([r for group in groups for r in group.rewards], device=device),
         ref_logps=torch.tensor([logp for group in groups for logp in group.ref_logps], device=device),
+        old_logps=torch.tensor([logp for group in groups for logp in group.old_logps], device=device),
         group_sizes=sizes,
         cu_groups=_bounds(sizes, device) if len(set(sizes)) > 1 else None,
     )
+
+
+def unpadded(batch: Batch) -> Batch:
+    """The same sequences one after the other in a single row: position_ids start at 0 in each of them.
+
+    By these, attention of variable length and the masks of transformers keep the sequences apart.
+    """
+    assert batch.attention_mask is not None
+    counted = batch.attention_mask.bool()
+    place = counted.flatten().cumsum(0) - 1
+    position_ids = batch.attention_mask.cumsum(1) - 1
+    return replace(
+        batch,
+        input_ids=batch.input_ids[counted][None],
+        attention_mask=None,
+        positions=place[batch.positions],
+        position_ids=position_ids[counted][None],
+    )
+
+
+def num_tokens(batch: Batch) -> int:
+    """Prompts and completions, without padding."""
+    return batch.input_ids.numel() if batch.attention_mask is None else int(batch.attention_mask.sum())
+
+
+def singles(groups: Sequence[Group]) -> list[Group]:
+    """Each completion as a sequence of its own: for passes that need log-probs only."""
+    return [Group(group.prompt_ids, [ids], [0.0]) for group in groups for ids in group.completion_ids]
 
 
 def step_indices(step: int, num_groups: int, prompts_per_step: int, seed: int) -> list[int]:

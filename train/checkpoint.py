@@ -1,8 +1,9 @@
 """Checkpoints that are whole or absent, whatever interrupts the writing.
 
 A checkpoint is a folder `step-00000050` that is written under another name, flushed to the disk and then
-renamed; the one before it goes only after that. It holds the policy (safetensors), the tokenizer and
-`state.pt`: optimizer, random number generators, step, reference log-probs, configuration, digest of the data.
+renamed; the one before it goes only after that. It is a model that `from_pretrained` of transformers, or of peft for
+adapters, reads: configuration, weights (safetensors) and tokenizer; and `state.pt`: optimizer, random number
+generators, step, reference log-probs, the run's configuration, digest of the data.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
-from tokenizers import Tokenizer
-from torch import nn
+from safetensors import SafetensorError
+
+# Of state.pt and of what lies beside it.
+FORMAT = 2
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -25,29 +28,36 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("step-*"))
 
 
-def save_checkpoint(run_dir: Path, model: nn.Module, tokenizer: Tokenizer, state: dict) -> Path:
+def save_checkpoint(run_dir: Path, model: Any, tokenizer: Any, state: dict) -> Path:
+    """Writes the checkpoint of state["step"] and removes older ones; OSError, with these intact, where that fails."""
     final = run_dir / "checkpoints" / f"step-{state['step']:08d}"
     if final.exists():
         return final
-    with atomic_folder(final) as folder:
-        save_model(model, str(folder / "model.safetensors"))
-        tokenizer.save(str(folder / "tokenizer.json"))
-        torch.save(state, folder / "state.pt")
-    for older in checkpoints(run_dir)[:-1]:
-        shutil.rmtree(older)
+    older = checkpoints(run_dir)
+    try:
+        with atomic_folder(final) as folder:
+            save_model(folder, model, tokenizer)
+            torch.save(state | {"format": FORMAT}, folder / "state.pt")
+    # A full disk is a RuntimeError to torch.save and a SafetensorError to safetensors.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        stands = f"{older[-1]} stands" if older else "there is none before it"
+        free = shutil.disk_usage(run_dir).free / 2**20
+        raise OSError(f"{final} could not be written, {free:.1f} MiB are free there: {error}; {stands}") from error
+    for folder in older:
+        shutil.rmtree(folder)
     return final
 
 
+def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def load_state(folder: Path) -> dict:
-    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-
-def load_weights(folder: Path, model: nn.Module) -> None:
-    load_model(model, str(folder / "model.safetensors"))
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{folder} was written by another version of this program")
+    return state
 
 
 def rng_state() -> dict:
@@ -66,14 +76,15 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def atomic_folder(final: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `final` at the end, or vanishes if the writing fails."""
+    """A folder to write into that becomes `final`, or replaces it, at the end; it vanishes if the writing fails."""
     scratch = final.with_name(f".{final.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
         yield scratch
-        for path in (*scratch.iterdir(), scratch):
+        for path in (*scratch.rglob("*"), scratch):
             _flush_to_disk(path)
+        shutil.rmtree(final, ignore_errors=True)
         os.replace(scratch, final)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)

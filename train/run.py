@@ -1,4 +1,4 @@
-"""Offline contrastive policy gradient (CoPG) on completions with rewards, with a fused language-model head.
+"""Contrastive policy gradient (CoPG) and its kin on completions with rewards, with a fused language-model head.
 
 What is the paper's algorithm (arXiv 2406.19185), and what is not:
   1. The objective is: groups of k completions per prompt from any source, summed log-probs with EOS, a fixed
@@ -7,170 +7,198 @@ What is the paper's algorithm (arXiv 2406.19185), and what is not:
      it is half of the paper's. A learning rate carries over between beta and k, but is not the paper's.
   3. The task is not: without `--data`, prompts are docstring bodies of installed packages, completions are
      summary lines and the reward is the word F1 with the true line. No reward model is trained.
-  4. The policy is a two-layer GPT-2 from random weights; a short supervised warm-up on each prompt and its
-     best completion makes the reference policy. Its log-probs are computed once, before training.
-  5. Evaluation is the reward margin on held-out prompts (log-ratio of the best completion minus that of the
-     worst), not sampling: it shows that the policy ranks as the rewards do, not how it writes.
+  4. Nor is the policy without `--model`: a two-layer GPT-2 from random weights; a short supervised warm-up on each
+     prompt and its best completion makes the reference policy. Its log-probs are computed once, before training.
+  5. Without `--reward` evaluation is the reward margin on held-out prompts (log-ratio of the best completion minus
+     that of the worst), not sampling: it shows that the policy ranks as the rewards do, not how it writes.
   6. A prompt is run through the transformer once per completion; the shared prefix is not exploited.
 
     python train/run.py                       # docstrings; under three minutes on two CPU cores
     python train/run.py --check --steps 20    # fused against the float64 reference, every step
     python train/run.py --sparse-eps 2.4e-4   # gradients from a compact softmax
-    python train/run.py --data mine.jsonl --out runs/mine
-    python train/run.py --data mine.jsonl --out runs/mine --resume
+    python train/run.py --model DIR --lora-rank 16 --data mine.jsonl --out runs/mine
+    python train/run.py --model DIR --data prompts.jsonl --reward mine:reward --loss rloo --out runs/online
+    python train/run.py ... --out runs/mine --resume
 
-`mine.jsonl` holds a line {"prompt": "...", "completions": ["...", "..."], "rewards": [1.0, 0.2]} per prompt.
+`mine.jsonl` holds a line {"prompt": "...", "completions": ["...", "..."], "rewards": [1.0, 0.2]} per prompt; parquet
+with these columns will do. With `--reward module:function` training is online: each step samples `--group-size`
+completions per prompt from the policy, and reward(prompt, completions, **row) scores them. docs/training.md tells more.
+
+`--loss` takes another loss of copg_kernels.losses. What they need besides: REINFORCE's baseline is the mean reward of
+all steps before, of its own batch in the first; PPO's ratio is to the policy that sampled; REBEL's anchor is that
+policy, in place of the reference. Offline nobody knows who sampled, and the reference policy stands in for both.
+
 `--check` gives |loss_fused - loss_ref| and the largest ||g_fused - g_ref|| / ||g_ref|| over the parameter
 tensors; above 1e-5 in float32 the command fails. `--sparse-eps` logs what it kept of each step's softmax
 (density, dropped, overflow); train/sparse_learning.py compares what is learned with and without it.
 
 A run directory holds log.jsonl (configuration and versions, then a line per step), checkpoints/ and, for
-docstrings, data.jsonl. SIGINT and SIGTERM finish the step, write a checkpoint and leave; `--resume` takes the
-same flags and continues bit for bit on a CPU.
+docstrings, data.jsonl; online also reference/, the policy before its first step. A checkpoint is a model for
+from_pretrained. SIGINT and SIGTERM finish the step, write a checkpoint and leave; `--resume` takes the same flags and
+continues bit for bit on a CPU.
 """
 
 from __future__ import annotations
 
-import resource
-import signal
 import statistics
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 # As a script only this file's folder is on the path; both packages lie one above.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from train.checkpoint import checkpoints
+from train.batch import Batch, Group, num_tokens
+from train.checkpoint import atomic_folder, checkpoints, save_model
 from train.config import Config, build_parser, parse_config
-from train.log import open_log, read_steps, versions, write_line
-from train.model import head_inputs
-from train.objective import head_difference, objective, reward_margin
-from train.start import (
-    DTYPES,
-    Run,
-    apply_gradients,
-    batches_in_order,
-    load_data,
-    load_state,
-    pack_for,
-    policy_logps,
-    resume_run,
-    save_run,
-    start_run,
-    step_indices,
-)
+from train.log import open_log, open_tensorboard, read_records, versions, write_line, write_scalars
+from train.model import head_operands
+from train.objective import Objective, StepLoss, head_difference, objective, reward_margin, step_loss
+from train.online import evaluate_samples, next_groups, sample_statistics
+from train.optimizer import apply_gradients, learning_rate
+from train.pretrained import merge_adapters, without_wrapper
+from train.process import peak_mib, pick_device, stop_on_signal
+from train.ref_logps import CacheError
+from train.scoring import RewardError
+from train.start import begin, build_run, load_data, load_state, restore, save_run
+from train.state import DTYPES, Run, device_of, flat_ref_logps, pack_for, policy_logps
+from train.two_pass import backward_in_two_passes
 
 # The fused head's gradients against the float64 reference, for fp32 operands: what `--check` accepts.
 CHECK_TOLERANCE = 1e-5
+ON_THE_BAR = {
+    False: ("loss", "margin", "mean_log_ratio", "tokens_per_s", "peak_mib"),
+    True: ("loss", "reward", "kl", "entropy", "tokens_per_s", "peak_mib"),  # online
+}
+Report = Callable[[dict], None]
 CHECK_LINE = "step {step}: loss off by {loss_difference:.1e}, gradient by {gradient_difference:.1e} ({worst})"
 
 
 def heldout_margins(run: Run) -> list[float]:
     """The reward margin on each held-out prompt; zero as long as the policy is the reference."""
-    margins: list[float] = []
-    for batch in batches_in_order(run, run.heldout_groups):
-        margins += reward_margin(policy_logps(run, batch) - batch.ref_logps, batch)
-    return margins
+    log_ratios = policy_logps(run, run.heldout_groups).cpu() - flat_ref_logps(run.heldout_groups)
+    return reward_margin(log_ratios, run.heldout_groups)
 
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / max(1, len(values))
 
 
-def standard_error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-
-
 def train_step(run: Run) -> dict[str, float | str]:
-    """One CoPG step on the next whole groups; returns its log record."""
+    """One step on the next whole groups, the data's or the policy's own; returns its log record."""
     config, started = run.config, time.perf_counter()
-    indices = step_indices(run.step, len(run.train_groups), config.prompts_per_step, config.seed)
-    batch = pack_for(run, [run.train_groups[i] for i in indices])
-    hidden_states, lm_head_weight = head_inputs(run.model, batch, DTYPES[config.dtype])
-    record: dict[str, float | str] = {"step": run.step + 1}
+    groups = next_groups(run)
+    batch = pack_for(run, groups)
+    rewards = batch.rewards.double()
+    baseline = run.reward_sum / run.reward_count if run.reward_count else rewards.mean().item()
+    loss = step_loss(config, batch, baseline)
+    outcome, checked = backward(run, groups, batch, loss)
+    lr = learning_rate(config, run.step)
+    grad_norm = apply_gradients(run, lr)
+    run.step += 1
+    run.reward_sum, run.reward_count = run.reward_sum + rewards.sum().item(), run.reward_count + len(rewards)
+    samples = {} if run.reward is None else sample_statistics(run, groups)
+    return {
+        "step": run.step,
+        **checked,
+        **outcome.sparsity,
+        **samples,
+        "loss": outcome.loss.item(),
+        "margin": mean(reward_margin(outcome.log_ratios, groups)),
+        # Over the data's completions: the KL divergence only where these were sampled from the policy.
+        "mean_log_ratio": outcome.log_ratios.mean().item(),
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "tokens_per_s": num_tokens(batch) / (time.perf_counter() - started),
+        "peak_mib": peak_mib(device_of(run.model)),
+    }
+
+
+def backward(
+    run: Run, groups: Sequence[Group], batch: Batch, loss: StepLoss
+) -> tuple[Objective, dict[str, float | str]]:
+    """Adds to the gradients, in one pass or in micro-batches; also returns what --check found."""
+    config = run.config
+    checked: dict[str, float | str] = {}
+    if config.micro_batch and batch.rewards.numel() > config.micro_batch:
+        value, logps = backward_in_two_passes(run, groups, loss)
+        return Objective(value, logps - batch.ref_logps, {}), checked
+    hidden_states, head = head_operands(run.model, batch, DTYPES[config.dtype])
     if config.check:
-        difference = head_difference(run.model, hidden_states, lm_head_weight, batch, config.beta)
-        record |= {
+        difference = head_difference(run.model, hidden_states, head, batch, loss)
+        checked = {
             "loss_difference": difference.loss,
             "gradient_difference": difference.gradient,
             "worst": difference.parameter,
         }
-    loss, log_ratios, sparsity = objective(
-        config.impl, hidden_states, lm_head_weight, batch, config.beta, config.sparse_eps
+    outcome = objective(config.impl, hidden_states, head, batch, loss, config.sparse_eps)
+    outcome.loss.backward()
+    return outcome, checked
+
+
+def describe(run: Run) -> dict[str, object]:
+    """What the log's first line says besides the configuration; printed, too."""
+    config, limits = run.config, (run.config.max_prompt_tokens, run.config.max_completion_tokens)
+    attention = f"{'packed' if run.is_packed else 'padded'}, {without_wrapper(run.model).config._attn_implementation}"
+    trained = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+    print(
+        f"{len(run.train_groups)} + {len(run.heldout_groups)} prompts to train on and held out; cut: "
+        f"{run.cut['prompts']} prompts to {limits[0]} tokens, {run.cut['completions']} completions to {limits[1]}\n"
+        f"{trained:,} trained parameters; attention: {attention}; loss: {config.loss}, {config.impl}"
     )
-    loss.backward()
-    grad_norm = apply_gradients(run, config.lr, run.step)
-    run.step += 1
-    record |= sparsity
-    return record | {
-        "loss": loss.item(),
-        "margin": mean(reward_margin(log_ratios, batch)),
-        # Over the data's completions: the KL divergence only where these were sampled from the policy.
-        "mean_log_ratio": log_ratios.mean().item(),
-        "grad_norm": grad_norm,
-        "tokens_per_s": int(batch.attention_mask.sum()) / (time.perf_counter() - started),
-        "peak_mib": peak_mib(run.model.device),
-    }
+    return {"cut": run.cut, "attention": attention, "trained_parameters": trained}
 
 
-def peak_mib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    # The peak of the whole process; Linux counts in KiB, macOS in bytes.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+def reporter(log: TextIO, writer: Any) -> Report:
+    """Where records go: the log, and TensorBoard where that is on."""
+
+    def report(record: dict) -> None:
+        write_line(log, record)
+        if writer is not None:
+            write_scalars(writer, record)
+            writer.flush()
+
+    return report
 
 
-def train(run: Run, log: TextIO) -> None:
+def evaluate(run: Run) -> dict[str, float]:
+    """On held-out prompts: samples and their rewards where there is a reward function, else margins of the data."""
+    if run.reward is not None:
+        return {f"heldout_{name}": value for name, value in evaluate_samples(run).items()}
+    margins = heldout_margins(run)
+    spread = {"heldout_margin_se": statistics.stdev(margins) / len(margins) ** 0.5} if len(margins) > 1 else {}
+    return {"heldout_margin": mean(margins), **spread, "heldout_ranked": mean([margin > 0 for margin in margins])}
+
+
+def train(run: Run, report: Report) -> None:
     """Steps until config.steps or a signal, with a checkpoint every so often and at the end."""
     config = run.config
-    bar = tqdm(initial=run.step, total=config.steps, desc="CoPG")
+    bar = tqdm(initial=run.step, total=config.steps, desc=config.loss)
     with stop_on_signal() as stop, bar:
         while run.step < config.steps and not stop.is_set():
             record = train_step(run)
-            write_line(log, record)
+            report(record)
             if config.check:
                 bar.write(CHECK_LINE.format(**record))
             bar.update()
-            bar.set_postfix(loss=f"{record['loss']:.3f}", margin=f"{record['margin']:.3f}")
+            bar.set_postfix({name: f"{record[name]:.4g}" for name in ON_THE_BAR[run.reward is not None]})
+            if config.eval_every and run.step % config.eval_every == 0 and run.step < config.steps:
+                report({"evaluated_at": run.step} | evaluate(run))
             if run.step % config.checkpoint_every == 0:
                 save_run(run)
         save_run(run)
 
 
-@contextmanager
-def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, so that they never cut a step or a checkpoint in two."""
-    stop = threading.Event()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = [signal.signal(number, lambda *_: stop.set()) for number in signals]
-    try:
-        yield stop
-    finally:
-        for number, handler in zip(signals, previous, strict=True):
-            signal.signal(number, handler)
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but there is no CUDA device")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
 def check_verdict(config: Config) -> bool:
     """Prints the largest differences of the logged steps; whether the gradients agree as they must."""
-    checked = [record for record in read_steps(Path(config.out) / "log.jsonl") if "worst" in record]
+    checked = read_records(Path(config.out) / "log.jsonl", "worst")
     if not checked:  # a resumed run that had no steps left
         return True
     # A tensor's maximum is NaN when one of them is.
@@ -180,35 +208,53 @@ def check_verdict(config: Config) -> bool:
     return config.dtype != "float32" or gradient <= CHECK_TOLERANCE
 
 
+def carry_out(run: Run, state: dict | None, report: Report) -> None:
+    """The run from its beginning or its checkpoint to --steps, unless a signal ends it; evaluated before and after."""
+    config, out, started = run.config, Path(run.config.out), time.perf_counter()
+    if state is None:
+        begin(run)
+        report({"evaluated_at": 0} | evaluate(run))
+    else:
+        restore(run, state)
+    train(run, report)
+    if run.step < config.steps:
+        print(f"stopped at step {run.step} of {config.steps}; --resume --out {out} continues")
+        return
+    report({"evaluated_at": run.step} | evaluate(run))
+    if config.save_merged:
+        with atomic_folder(out / "merged") as folder:
+            save_model(folder, merge_adapters(run.model), run.tokenizer)
+    print(f"step {run.step} of {config.steps}, {time.perf_counter() - started:.0f} s, {checkpoints(out)[-1]}")
+    evaluations = read_records(out / "log.jsonl", "evaluated_at")
+    for name, value in evaluations[-1].items():
+        if name != "evaluated_at":
+            print(f"{name.replace('_', ' ')}: {evaluations[0][name]:.3f} -> {value:.3f}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    started, parser = time.perf_counter(), build_parser(__doc__)
+    parser = build_parser(__doc__)
+    disable_progress_bar()  # that of transformers, for every file it reads or writes
     try:
         config = parse_config(parser, argv)
-        device = pick_device(config.device)
-        if not config.resume and checkpoints(Path(config.out)):
-            raise ValueError(f"--out: {config.out} holds a run; continue it with --resume or choose another")
+        device, out = pick_device(config.device), Path(config.out)
+        if not config.resume and checkpoints(out):
+            raise ValueError(f"--out: {out} holds a run; continue it with --resume or choose another")
         examples, data_digest = load_data(config)
         state = load_state(config, data_digest) if config.resume else None
+        run = build_run(config, examples, data_digest, device, state)
         resume_step = None if state is None else state["step"]
+        writer = open_tensorboard(out / "tensorboard", resume_step) if config.tensorboard else None
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    with open_log(Path(config.out) / "log.jsonl", resume_step) as log:
-        write_line(log, {"config": asdict(config), "versions": versions(), "device": str(device)})
-        if state is None:
-            run = start_run(config, examples, data_digest, device)
-        else:
-            run = resume_run(config, examples, state, device)
-        before = heldout_margins(run)
-        train(run, log)
-        after = heldout_margins(run)
-        write_line(log, {"heldout_margin_before": mean(before), "heldout_margin": mean(after)})
-    ranked = mean([margin > 0 for margin in after])
-    print(
-        f"step {run.step} of {config.steps}, {time.perf_counter() - started:.0f} s, {config.out}\n"
-        f"reward margin on {len(after)} held-out prompts: {mean(before):.3f} -> {mean(after):.3f} nats "
-        f"(standard error {standard_error(after):.3f}), positive on {ranked:.0%}"
-    )
+    header = {"config": asdict(config), "versions": versions(), "device": str(device), **describe(run)}
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with open_log(out / "log.jsonl", resume_step) as log:
+            write_line(log, header)
+            carry_out(run, state, reporter(log, writer))
+    except (RewardError, CacheError, OSError) as error:  # from outside this program; the last checkpoint stands
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
     return 0 if not config.check or check_verdict(config) else 1
 
 

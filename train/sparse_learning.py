@@ -43,8 +43,11 @@ from train.config import Config, build_parser, validate
 from train.data import Example
 from train.log import versions
 from train.model import head_inputs
-from train.run import heldout_margins, mean, pick_device, train_step
-from train.start import DTYPES, Run, batches_in_order, load_data, make_optimizer, start_run
+from train.optimizer import make_optimizer
+from train.process import pick_device
+from train.run import heldout_margins, mean, train_step
+from train.start import load_data, start_run
+from train.state import DTYPES, Run, batches_in_order
 
 # Where this experiment departs from the defaults of train/run.py. Docstrings end at some 15,000 tokens, where a uniform
 # softmax is at 2**-13.9: sparse_eps of 2**-14 keeps a quarter of the columns or overflows, 2**-12 a seventh, and 2**-10
@@ -100,7 +103,7 @@ def run_seed(
     bins = frequency_bins(counts)
     record = {
         "seed": config.seed,
-        "vocab_size": start.tokenizer.get_vocab_size(),
+        "vocab_size": start.tokenizer.vocab_size,
         "train_prompts": len(start.train_groups),
         "heldout_prompts": len(start.heldout_groups),
         "bins": describe_bins(start, counts, bins),
@@ -148,7 +151,7 @@ def step_means(steps: Sequence[dict]) -> dict[str, float]:
 def training_counts(run: Run) -> Tensor:
     """(V,) how often each token occurs in the training completions."""
     tokens = torch.tensor([token for group in run.train_groups for ids in group.completion_ids for token in ids])
-    return torch.bincount(tokens, minlength=run.tokenizer.get_vocab_size())
+    return torch.bincount(tokens, minlength=run.tokenizer.vocab_size)
 
 
 def frequency_bins(counts: Tensor) -> Tensor:

@@ -1,0 +1,39 @@
+"""AdamW on what is trained, clipped, with a learning rate that is a function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from train.config import Config
+from train.state import Run
+
+
+def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+
+
+def warmup_factor(config: Config, step: int) -> float:
+    return min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """--lr after a linear warm-up; with a schedule it then falls, and would be 0 right after the last step."""
+    left = config.steps - config.lr_warmup_steps
+    progress = min(1.0, max(0, step - config.lr_warmup_steps) / max(1, left))
+    falling = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return config.lr * warmup_factor(config, step) * falling[config.schedule]
+
+
+def apply_gradients(run: Run, lr: float) -> float:
+    """One clipped optimizer step; returns the gradient's norm before clipping."""
+    trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    grad_norm = nn.utils.clip_grad_norm_(trained, run.config.max_grad_norm)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return grad_norm.item()
