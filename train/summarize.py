@@ -9,8 +9,8 @@
     6. Samples on held-out prompts: reward, KL to the reference, length, words shared with the true line.
     7. CoPG with averaged log-likelihoods beside summed ones, beta scaled by the mean length of the data.
 
-    python train/summarize.py                 # 2 CPU cores, less than 15 minutes
-    python train/summarize.py --size small    # one GPU
+    python train/summarize.py                 # 2 CPU cores, 18 minutes of processor time in all
+    python train/summarize.py --size small    # one GPU; not run on one yet
 
 --out receives results.json and three figures. Standard errors are over seeds. A seed has prompts, samples and pairings
 of its own in the offline data, an order of batches and draws in evaluation; all share one reference policy and one

@@ -51,7 +51,7 @@ class Settings:
 
 
 SIZES = {
-    # Two CPU cores, less than 15 minutes.
+    # Two CPU cores: 18 minutes of processor time, most of it in two processes.
     "tiny": Settings(
         files_per_package=1200,
         validation_prompts=64,
