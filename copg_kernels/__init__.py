@@ -8,7 +8,7 @@ from copg_kernels.copg import (
     linear_copg_loss,
     sequence_logps,
 )
-from copg_kernels.linear_logps import linear_logps
+from copg_kernels.linear_logps import linear_logps, linear_logps_and_entropy
 from copg_kernels.sequence_loss import linear_sequence_loss
 
 __version__ = "0.1.0"
@@ -18,6 +18,7 @@ __all__ = [
     "copg_loss",
     "linear_copg_loss",
     "linear_logps",
+    "linear_logps_and_entropy",
     "linear_sequence_loss",
     "losses",
     "sequence_logps",

@@ -75,30 +75,93 @@ def linear_logps(
             assertion, so that nothing synchronises), a scalar is out of range, workspace_bytes does not hold one tile,
             or the backend does not exist here.
     """
-    checks.check_head(hidden_states, lm_head_weight, labels, bias)
-    checks.check_logit_options(logit_scale, softcap, temperature)
+    head = Head(lm_head_weight, bias, logit_scale, softcap, temperature)
+    backend, workspace = _checked(hidden_states, head, labels, sparse_eps, workspace_bytes, backend)
+    if sparse_eps is None or not any(_trains(hidden_states, head)):
+        return _exact(hidden_states, head, labels, ignore_index, workspace, backend, entropy=False)[0]
+    tokens = (hidden_states.reshape(-1, hidden_states.shape[-1]), labels.reshape(-1))
+    head = Head(lm_head_weight, bias, float(logit_scale), softcap, float(temperature))
+    per_token_logps, sparsity = sparse_logps(*tokens, head, ignore_index, float(sparse_eps), workspace, backend)
+    return with_sparsity(per_token_logps.view(labels.shape), sparsity)
+
+
+def linear_logps_and_entropy(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    workspace_bytes: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`linear_logps`, and the entropy of each row's softmax from the same logits: a sign of collapse, at no extra GEMM.
+
+        entropy[t] = -sum_v P[t, v] log P[t, v],    P = softmax(logits)        (0 where labels[t] = ignore_index)
+
+    The log-probabilities have the bits of `linear_logps` and its gradient. The entropy carries none.
+
+    Args:
+        as in `linear_logps`, but for sparse_eps: a compact softmax has lost the entropy.
+
+    Returns:
+        per_token_logps, entropy: (...,) float32, in nats (float64 for float64 operands).
+
+    Raises:
+        TypeError, ValueError: as `linear_logps`.
+    """
+    head = Head(lm_head_weight, bias, logit_scale, softcap, temperature)
+    backend, workspace = _checked(hidden_states, head, labels, None, workspace_bytes, backend)
+    return _exact(hidden_states, head, labels, ignore_index, workspace, backend, entropy=True)
+
+
+def _checked(
+    hidden_states: Tensor,
+    head: Head,
+    labels: Tensor,
+    sparse_eps: float | None,
+    workspace_bytes: int | None,
+    backend: str,
+) -> tuple[str, int]:
+    """The backend and the workspace, once every argument is known to be what it should."""
+    checks.check_head(hidden_states, head.weight, labels, head.bias)
+    checks.check_logit_options(head.logit_scale, head.softcap, head.temperature)
     backend = checks.resolve_backend(backend, hidden_states)
     checks.check_sparse_eps(sparse_eps, hidden_states.dtype, backend)
-    workspace = checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend)
-    trains = [
-        torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_states, lm_head_weight, bias)
-    ]
-    if sparse_eps is not None and any(trains):
-        head = Head(lm_head_weight, bias, float(logit_scale), softcap, float(temperature))
-        tokens = (hidden_states.reshape(-1, hidden_states.shape[-1]), labels.reshape(-1))
-        per_token_logps, sparsity = sparse_logps(*tokens, head, ignore_index, float(sparse_eps), workspace, backend)
-        return with_sparsity(per_token_logps.view(labels.shape), sparsity)
-    per_token_logps, *_ = linear_logps_op(
+    return backend, checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend)
+
+
+def _trains(hidden_states: Tensor, head: Head) -> list[bool]:
+    inputs = (hidden_states, head.weight, head.bias)
+    return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+
+
+def _exact(
+    hidden_states: Tensor,
+    head: Head,
+    labels: Tensor,
+    ignore_index: int,
+    workspace_bytes: int,
+    backend: str,
+    *,
+    entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    frozen_head = _trains(hidden_states, head) == [True, False, False]
+    per_token_logps, _, _, token_entropy = linear_logps_op(
         hidden_states.reshape(-1, hidden_states.shape[-1]),
-        lm_head_weight,
+        head.weight,
         labels.reshape(-1),
-        bias,
-        trains == [True, False, False] and can_keep_tiles(hidden_states.dtype, backend),
-        float(logit_scale),
-        None if softcap is None else float(softcap),
-        float(temperature),
+        head.bias,
+        frozen_head and can_keep_tiles(hidden_states.dtype, backend),
+        entropy,
+        float(head.logit_scale),
+        None if head.softcap is None else float(head.softcap),
+        float(head.temperature),
         ignore_index,
-        workspace,
+        workspace_bytes,
         backend,
     )
-    return per_token_logps.view(labels.shape)
+    return per_token_logps.view(labels.shape), token_entropy.view(labels.shape) if entropy else token_entropy

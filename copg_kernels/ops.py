@@ -25,14 +25,18 @@ def linear_logps_op(
     labels: Tensor,
     bias: Tensor | None,
     frozen_head: bool,
+    entropy: bool,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
     ignore_index: int,
     workspace_bytes: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(T, H), (V, H), (T,) -> per_token_logps (T,), lse (2, T), dlogp/dhidden (T, H), empty without frozen_head."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(T, H), (V, H), (T,) -> per_token_logps (T,), lse (2, T), dlogp/dhidden (T, H), entropy (T,).
+
+    The last two are empty where not asked for.
+    """
     checks.require_labels(labels, lm_head_weight.shape[0], ignore_index)
     head = Head(row_major(lm_head_weight), bias, logit_scale, softcap, temperature)
     hidden_states = row_major(hidden_states)
@@ -45,24 +49,28 @@ def linear_logps_op(
                 ignore_index=ignore_index,
                 workspace_bytes=workspace_bytes,
                 backend=backend,
+                entropy=entropy,
             )
-        per_token_logps, lse = forward.token_logps(
+        per_token_logps, lse, token_entropy = forward.token_logps(
             hidden_states,
             head,
             labels,
             ignore_index=ignore_index,
             workspace_bytes=workspace_bytes,
             backend=backend,
+            entropy=entropy,
         )
-    return per_token_logps, lse, lse.new_empty(0)
+    return per_token_logps, lse, lse.new_empty(0), token_entropy
 
 
 @linear_logps_op.register_fake
-def _(hidden_states, lm_head_weight, labels, bias, frozen_head, *options):
+def _(hidden_states, lm_head_weight, labels, bias, frozen_head, entropy, *options):
     per_token_logps, lse = _token_outputs(hidden_states)
+    token_entropy = torch.empty_like(per_token_logps) if entropy else lse.new_empty(0)
     if frozen_head:
-        return per_token_logps, lse, torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-    return per_token_logps, lse, lse.new_empty(0)
+        slopes = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        return per_token_logps, lse, slopes, token_entropy
+    return per_token_logps, lse, lse.new_empty(0), token_entropy
 
 
 @torch.library.custom_op("copg_kernels::linear_logps_bwd", mutates_args=())
@@ -108,9 +116,9 @@ def _(dlogps, hidden_states, lm_head_weight, labels, bias, per_token_logps, lse,
 
 
 def _linear_logps_setup(ctx, inputs, output):
-    hidden_states, lm_head_weight, labels, bias, ctx.frozen_head, *ctx.options = inputs
-    per_token_logps, lse, dlogp_dhidden = output
-    ctx.mark_non_differentiable(lse, dlogp_dhidden)
+    hidden_states, lm_head_weight, labels, bias, ctx.frozen_head, _, *ctx.options = inputs
+    per_token_logps, lse, dlogp_dhidden, entropy = output
+    ctx.mark_non_differentiable(lse, dlogp_dhidden, entropy)
     # Otherwise the backward pass is given zeros of the size of every other output.
     ctx.set_materialize_grads(False)
     ctx.dtype = hidden_states.dtype
@@ -122,7 +130,7 @@ def _linear_logps_setup(ctx, inputs, output):
 
 def _linear_logps_backward(ctx, dlogps, *_):
     if dlogps is None:
-        return (None,) * (5 + len(ctx.options))
+        return (None,) * (6 + len(ctx.options))
     if ctx.frozen_head:
         labels, dlogp_dhidden = ctx.saved_tensors
         ignore_index = ctx.options[3]
@@ -132,7 +140,7 @@ def _linear_logps_backward(ctx, dlogps, *_):
     else:
         needs = ctx.needs_input_grad[:2] + ctx.needs_input_grad[3:4]
         dhidden, dweight, dbias = _token_gradients(ctx, dlogps, needs)
-    return dhidden, dweight, None, dbias, None, *(None for _ in ctx.options)
+    return dhidden, dweight, None, dbias, None, None, *(None for _ in ctx.options)
 
 
 def _token_gradients(ctx, dlogps, needs):

@@ -31,6 +31,7 @@ from copg_kernels.kernels import (
     gather_product,
     merge_splits,
     scale_rows,
+    token_entropy,
 )
 from copg_kernels.kernels.blocks import BLOCKS, GROUP_N
 from copg_kernels.kernels.compact_tile import _count_kernel, _fill_kernel
@@ -45,6 +46,7 @@ from copg_kernels.kernels.merge_splits import _merge_splits_kernel
 from copg_kernels.kernels.place_labels import _place_labels_kernel
 from copg_kernels.kernels.scale_rows import _scale_rows_kernel
 from copg_kernels.kernels.softmax_minus_label import _softmax_minus_label_kernel
+from copg_kernels.kernels.token_entropy import _token_entropy_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -71,6 +73,7 @@ _HEAD_KERNELS = {
 }
 
 
+_NO_ENTROPY = ("softmax_minus_label", "entropy")
 _ROW_STRIDES = ("stride_hidden", "stride_weight", "stride_source", "stride_tile")
 _SPARSE_KERNELS = {
     "count_significant": _count_kernel,
@@ -87,7 +90,7 @@ class Case(NamedTuple):
     target: str
     dtype: str
     epilogue: str
-    """plain, or full: bias, softcap and an H that is no multiple of the block."""
+    """plain; full: bias, softcap and an H that is no multiple of the block; entropy: full, with its statistics."""
 
 
 class Row(NamedTuple):
@@ -105,15 +108,16 @@ def cases(targets: list[str]) -> Iterator[Case]:
     for target in targets:
         for dtype in _TYPES:
             for kernel in _HEAD_KERNELS:
-                for epilogue in ("plain", "full"):
-                    if (kernel, dtype) != ("exp_tile", "float16"):
+                for epilogue in ("plain", "full", "entropy"):
+                    if (kernel, dtype) != ("exp_tile", "float16") and (kernel, epilogue) != _NO_ENTROPY:
                         yield Case(kernel, target, dtype, epilogue)
             yield Case("scale_rows", target, dtype, "plain")
             yield Case("place_labels", target, dtype, "full")
             if dtype != "float16":
                 yield from (Case(kernel, target, dtype, "plain") for kernel in _SPARSE_KERNELS)
-        yield Case("fold_tiles", target, "float32", "plain")
+        yield from (Case("fold_tiles", target, "float32", epilogue) for epilogue in ("plain", "entropy"))
         yield Case("merge_splits", target, "float32", "plain")
+        yield Case("token_entropy", target, "float32", "plain")
         yield Case("contrast", target, "float32", "plain")
         yield Case("contrast", target, "float32", "full")
 
@@ -145,10 +149,15 @@ def _specification(case: Case) -> tuple:
     if case.kernel == "merge_splits":
         types = {"position_ptr": "*i64", "num_rows_ptr": "*i64"}
         return *_signature(_merge_splits_kernel, types, dict(BLOCK_T=merge_splits.BLOCK_T)), {}
+    if case.kernel == "token_entropy":
+        types = {"position_ptr": "*i64", "num_rows_ptr": "*i64"}
+        return *_signature(_token_entropy_kernel, types, dict(BLOCK_T=token_entropy.BLOCK_T)), {}
     if case.kernel in _SPARSE_KERNELS:
         return _sparse_specification(case, element)
     if case.kernel == "fold_tiles":
-        constants = dict(BLOCK_R=fold_tiles.BLOCK_R, TILES_PER_SPLIT=32)
+        constants: dict = dict(BLOCK_R=fold_tiles.BLOCK_R, TILES_PER_SPLIT=32)
+        if case.epilogue == "plain":
+            constants |= dict(tile_weighted_ptr=None, partial_weighted_ptr=None)
         return *_signature(_fold_tiles_kernel, {}, constants), dict(enable_fp_fusion=False)
     if case.kernel == "place_labels":
         types = dict.fromkeys(("row_index_ptr", "labels_ptr", "num_rows_ptr"), "*i64")
@@ -169,7 +178,7 @@ def _specification(case: Case) -> tuple:
 
 def _head_specification(case: Case, element: str) -> tuple:
     blocks = BLOCKS[case.target, 4 if element == "fp32" else 2]
-    full = case.epilogue == "full"
+    full = case.epilogue != "plain"
     constants = dict(
         HAS_BIAS=full, HAS_CAP=full, EVEN_H=not full, USE_TMA=blocks.use_tma, PRECISION=blocks.precision,
         BLOCK_N=blocks.BLOCK_N, BLOCK_V=blocks.BLOCK_V, BLOCK_H=blocks.BLOCK_H, GROUP_N=GROUP_N,
@@ -177,6 +186,8 @@ def _head_specification(case: Case, element: str) -> tuple:
     )  # fmt: skip
     if not full:
         constants["bias_ptr"] = None
+    if case.epilogue != "entropy":
+        constants |= dict(partial_weighted_ptr=None, tile_weighted_ptr=None)
     types = {"row_index_ptr": "*i64", "labels_ptr": "*i64", "num_rows_ptr": "*i64"}
     types |= dict.fromkeys(("hidden_ptr", "bias_ptr", "weight", "tile"), f"*{element}")
     if blocks.use_tma:

@@ -41,7 +41,7 @@ def units(wanted: tuple[bool, bool] | None, counted: int = T) -> float:
         dict(ignore_index=-100, workspace_bytes=2**20, backend="torch"),
     )
     with MatmulFlops() as counter:
-        logps, lse = forward.token_logps(hidden_states, head, labels, **options)
+        logps, lse, _ = forward.token_logps(hidden_states, head, labels, **options)
         if wanted:
             needs = recompute.Needs(*wanted, bias=False)
             recompute.token_logps_bwd(torch.randn(T), hidden_states, head, labels, logps, lse, needs, **options)

@@ -32,7 +32,7 @@ from copg_kernels.kernels.head import (
 )
 from copg_kernels.kernels.language import jit, tl, triton
 from copg_kernels.kernels.pack_rows import PackedRows
-from copg_kernels.kernels.row_statistics import Partials, exponentials, tile_maximum
+from copg_kernels.kernels.row_statistics import Partials, exponentials, tile_maximum, weighted_sum
 
 # The largest of so many logits serves as reference.
 REFERENCE_COLUMNS = 64
@@ -40,6 +40,7 @@ REFERENCE_COLUMNS = 64
 _LARGEST_EXPONENT = tl.constexpr(80.0)
 # Of the twin's slices, the reference logit's probability is above this in all but absurd rows.
 _LEAST_PROBABILITY = 1e-30
+_ROWS_AT_ONCE = 256
 
 
 @jit
@@ -54,6 +55,7 @@ def _exp_tile_kernel(
     tile,  # (R, V), pointer or tensor descriptor, out
     tile_max_ptr,  # (num_tiles, R) float32, out
     tile_sum_ptr,  # (num_tiles, R) float32, out
+    tile_weighted_ptr,  # (num_tiles, R) float32, out, or None
     label_logits_ptr,  # (R,) float32, out
     R,
     V,
@@ -106,12 +108,15 @@ def _exp_tile_kernel(
 
     # 3. Its sums, and the exponentials themselves, relative to the row's reference.
     tile_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    tile_weighted = tl.zeros((BLOCK_N,), dtype=tl.float32)
     label_logit = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for part in tl.static_range(len(parts)):
         start_v = pid_v * BLOCK_V + part * (BLOCK_V // len(parts))
         exps, part_sum, at_label = exponentials(parts[part], start_v, label, tile_max)
         tile_sum += part_sum
         label_logit += at_label
+        if tile_weighted_ptr is not None:
+            tile_weighted += weighted_sum(parts[part], exps, tile_max)
         if HAS_CAP:
             # Past V the slope is infinite and the exponential 0: that product is not stored.
             exps *= cap_slope(parts[part], inv_softcap, inv_temperature)
@@ -120,6 +125,8 @@ def _exp_tile_kernel(
     offset = pid_v.to(tl.int64) * R + offs_n
     tl.store(tile_max_ptr + offset, tile_max, mask=mask_n)
     tl.store(tile_sum_ptr + offset, tile_sum, mask=mask_n)
+    if tile_weighted_ptr is not None:
+        tl.store(tile_weighted_ptr + offset, tile_weighted, mask=mask_n)
     holds_label = (label >= pid_v * BLOCK_V) & (label < (pid_v + 1) * BLOCK_V)
     tl.store(label_logits_ptr + offs_n, label_logit, mask=mask_n & holds_label)
 
@@ -132,13 +139,16 @@ class ScaledTile(NamedTuple):
     label_logits: Tensor  # (R,)
 
 
-def exp_tiles(hidden_states: Tensor, head: Head, rows: PackedRows, workspace: Tensor) -> tuple[Partials, ScaledTile]:
+def exp_tiles(
+    hidden_states: Tensor, head: Head, rows: PackedRows, workspace: Tensor, *, entropy: bool = False
+) -> tuple[Partials, ScaledTile]:
     """(T, H), head (V, H), packed rows -> row statistics, and exponentials in the workspace (its elements, flat)."""
     R, V = rows.row_index.numel(), head.weight.shape[0]
     blocks = head_blocks(hidden_states.device, hidden_states.dtype)
     num_tiles = triton.cdiv(V, blocks.BLOCK_V)
     stride_tile = row_stride(V)
     tile_max, tile_sum = hidden_states.new_empty((2, num_tiles, R), dtype=torch.float32)
+    tile_weighted = torch.empty_like(tile_max) if entropy else None
     kept = ScaledTile(
         workspace[: R * stride_tile].view(R, stride_tile)[:, :V],
         _reference_logits(hidden_states, head).index_select(0, rows.row_index),
@@ -153,12 +163,14 @@ def exp_tiles(hidden_states: Tensor, head: Head, rows: PackedRows, workspace: Te
             reference_ptr=kept.reference,
             tile_max_ptr=tile_max,
             tile_sum_ptr=tile_sum,
+            tile_weighted_ptr=tile_weighted,
             label_logits_ptr=kept.label_logits,
             GROUP_N=GROUP_N,
             **out_arguments(kept.tile, blocks),
             **tile_arguments(hidden_states, head, blocks),
         )
-    return Partials(*fold_tiles(tile_max, tile_sum, blocks.tiles_per_split), kept.label_logits), kept
+    folded = fold_tiles(tile_max, tile_sum, tile_weighted, blocks.tiles_per_split)
+    return Partials(*folded[:2], kept.label_logits, folded[2]), kept
 
 
 def row_stride(vocab_size: int) -> int:
@@ -186,10 +198,11 @@ class ExpTile(NamedTuple):
     label_columns: Tensor  # (K,) its column there
     label_logits: Tensor  # (K,)
     label_slope: Tensor | float  # (K,) the cap's derivative at the label
+    weighted: Tensor | None = None  # (R,) float64
 
 
 def exp_tiles_torch(
-    hidden_states: Tensor, head: Head, rows: PackedRows, workspace: Tensor
+    hidden_states: Tensor, head: Head, rows: PackedRows, workspace: Tensor, *, entropy: bool = False
 ) -> tuple[Partials, list[ExpTile]]:
     """Twin: hidden_states are the packed rows (R, H); slices of the vocabulary side by side in the workspace."""
     R, V = hidden_states.shape[0], head.weight.shape[0]
@@ -197,14 +210,19 @@ def exp_tiles_torch(
     label_logits = hidden_states.new_empty((R,))
     for start, stop in pairwise([*range(0, V, SPLIT_TORCH), V]):
         out = workspace[R * start : R * stop].view(R, stop - start)
-        tiles.append(exp_tile_torch(hidden_states, head, rows.labels, start, stop, out))
+        tiles.append(exp_tile_torch(hidden_states, head, rows.labels, start, stop, out, entropy=entropy))
         label_logits[tiles[-1].held] = tiles[-1].label_logits
     return Partials(
-        torch.stack([tile.base for tile in tiles]), torch.stack([tile.sums for tile in tiles]), label_logits
+        torch.stack([tile.base for tile in tiles]),
+        torch.stack([tile.sums for tile in tiles]),
+        label_logits,
+        torch.stack([tile.weighted for tile in tiles if tile.weighted is not None]) if entropy else None,
     ), tiles
 
 
-def exp_tile_torch(hidden_states: Tensor, head: Head, labels: Tensor, start: int, stop: int, out: Tensor) -> ExpTile:
+def exp_tile_torch(
+    hidden_states: Tensor, head: Head, labels: Tensor, start: int, stop: int, out: Tensor, *, entropy: bool = False
+) -> ExpTile:
     """(R, H) rows, (R,) labels -> the slice's exponentials in out (R, stop - start)."""
     slope = logits_tile_torch(hidden_states, head, start, stop, out)
     columns = labels - start
@@ -225,9 +243,15 @@ def exp_tile_torch(hidden_states: Tensor, head: Head, labels: Tensor, start: int
             is_label = torch.arange(start, stop, device=out.device) == labels[absurd].unsqueeze(1)
             base[absurd], sums[absurd] = _exponentials(rows.masked_fill_(is_label, float("-inf")))
             out[absurd] = rows
+    weighted = _weighted(out) if entropy else None
     if slope is not None:
         out.mul_(slope)
-    return ExpTile(start, stop, out, base, sums, held, columns, label_logits, label_slope)
+    return ExpTile(start, stop, out, base, sums, held, columns, label_logits, label_slope, weighted)
+
+
+def _weighted(tile: Tensor) -> Tensor:
+    """Exponentials e of z - base -> row sums of e log e, 0 log 0 being 0; a few rows at a time, for they are copied."""
+    return torch.cat([-torch.special.entr(rows).sum(1).double() for rows in tile.split(_ROWS_AT_ONCE)])
 
 
 def _exponentials(tile: Tensor) -> tuple[Tensor, Tensor]:

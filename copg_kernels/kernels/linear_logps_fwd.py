@@ -27,7 +27,9 @@ from copg_kernels.kernels.row_statistics import (
     Partials,
     exponentials,
     merge_statistics,
+    merge_weighted,
     tile_maximum,
+    weighted_sum,
 )
 
 
@@ -41,6 +43,7 @@ def _linear_logps_fwd_kernel(
     num_rows_ptr,  # (1,) int64
     partial_max_ptr,  # (S, R) float32, out
     partial_sum_ptr,  # (S, R) float32, out
+    partial_weighted_ptr,  # (S, R) float32, out, or None
     label_logits_ptr,  # (R,) float32, out
     R,
     V,
@@ -75,6 +78,7 @@ def _linear_logps_fwd_kernel(
     # 2. Running maximum and sum over the split's tiles.
     running_max = tl.full((BLOCK_N,), LOWEST, dtype=tl.float32)
     running_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    running_weighted = tl.zeros((BLOCK_N,), dtype=tl.float32)
     label_logit = tl.zeros((BLOCK_N,), dtype=tl.float32)
     first_tile = split * TILES_PER_SPLIT
     last_tile = tl.minimum(first_tile + TILES_PER_SPLIT, tl.cdiv(V, BLOCK_V))
@@ -87,23 +91,34 @@ def _linear_logps_fwd_kernel(
         )  # fmt: skip
         tile_max = tile_maximum(parts)
         tile_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        tile_weighted = tl.zeros((BLOCK_N,), dtype=tl.float32)
         for part in tl.static_range(len(parts)):
             start_v = tile * BLOCK_V + part * (BLOCK_V // len(parts))
-            _, part_sum, at_label = exponentials(parts[part], start_v, label, tile_max)
+            exps, part_sum, at_label = exponentials(parts[part], start_v, label, tile_max)
             tile_sum += part_sum
             label_logit += at_label
+            if partial_weighted_ptr is not None:
+                tile_weighted += weighted_sum(parts[part], exps, tile_max)
+        if partial_weighted_ptr is not None:
+            running_weighted = merge_weighted(
+                running_max, running_sum, running_weighted, tile_max, tile_sum, tile_weighted
+            )
         running_max, running_sum = merge_statistics(running_max, running_sum, tile_max, tile_sum)
 
     # 3. One write per row and split; the label's logit by the split that holds it.
     offset = split.to(tl.int64) * R + offs_n
     tl.store(partial_max_ptr + offset, running_max, mask=mask_n)
     tl.store(partial_sum_ptr + offset, running_sum, mask=mask_n)
+    if partial_weighted_ptr is not None:
+        tl.store(partial_weighted_ptr + offset, running_weighted, mask=mask_n)
     holds_label = (label >= first_tile * BLOCK_V) & (label < last_tile * BLOCK_V)
     tl.store(label_logits_ptr + offs_n, label_logit, mask=mask_n & holds_label)
 
 
-def linear_logps_fwd(hidden_states: Tensor, head: Head, rows: PackedRows, workspace_bytes: int) -> Partials:
-    """(T, H), head (V, H), packed rows -> partial statistics of every counted row.
+def linear_logps_fwd(
+    hidden_states: Tensor, head: Head, rows: PackedRows, workspace_bytes: int, *, entropy: bool = False
+) -> Partials:
+    """(T, H), head (V, H), packed rows -> partial statistics of every counted row, those of its entropy if asked for.
 
     The tile stays in registers, so nothing of workspace_bytes is used.
     """
@@ -114,6 +129,7 @@ def linear_logps_fwd(hidden_states: Tensor, head: Head, rows: PackedRows, worksp
         hidden_states.new_empty((num_splits, R), dtype=torch.float32),
         hidden_states.new_empty((num_splits, R), dtype=torch.float32),
         hidden_states.new_empty((R,), dtype=torch.float32),
+        hidden_states.new_empty((num_splits, R), dtype=torch.float32) if entropy else None,
     )
     if R == 0:
         return partials
@@ -124,6 +140,7 @@ def linear_logps_fwd(hidden_states: Tensor, head: Head, rows: PackedRows, worksp
         num_rows_ptr=rows.num_rows,
         partial_max_ptr=partials.max,
         partial_sum_ptr=partials.sum,
+        partial_weighted_ptr=partials.weighted,
         label_logits_ptr=partials.label_logits,
         R=R,
         GROUP_N=GROUP_N,
@@ -133,7 +150,9 @@ def linear_logps_fwd(hidden_states: Tensor, head: Head, rows: PackedRows, worksp
     return partials
 
 
-def linear_logps_fwd_torch(hidden_states: Tensor, head: Head, rows: PackedRows, workspace_bytes: int) -> Partials:
+def linear_logps_fwd_torch(
+    hidden_states: Tensor, head: Head, rows: PackedRows, workspace_bytes: int, *, entropy: bool = False
+) -> Partials:
     """Twin: hidden_states are the packed rows (R, H) in the accumulation dtype; tiles of at most workspace_bytes."""
     R, V = hidden_states.shape[0], head.weight.shape[0]
     edges = [*range(0, V, SPLIT_TORCH), V]
@@ -141,6 +160,7 @@ def linear_logps_fwd_torch(hidden_states: Tensor, head: Head, rows: PackedRows, 
         hidden_states.new_empty((len(edges) - 1, R), dtype=torch.float64),
         hidden_states.new_empty((len(edges) - 1, R), dtype=torch.float64),
         hidden_states.new_empty((R,)),
+        hidden_states.new_empty((len(edges) - 1, R), dtype=torch.float64) if entropy else None,
     )
     rows_per_tile = max(1, min(R, workspace_bytes // (min(SPLIT_TORCH, V) * hidden_states.element_size())))
     workspace = hidden_states.new_empty((rows_per_tile * min(SPLIT_TORCH, V),))
@@ -148,7 +168,9 @@ def linear_logps_fwd_torch(hidden_states: Tensor, head: Head, rows: PackedRows, 
         for first in range(0, R, rows_per_tile):
             chunk = slice(first, min(first + rows_per_tile, R))
             out = workspace[: (chunk.stop - first) * (stop - start)].view(chunk.stop - first, stop - start)
-            tile = exp_tile_torch(hidden_states[chunk], head, rows.labels[chunk], start, stop, out)
+            tile = exp_tile_torch(hidden_states[chunk], head, rows.labels[chunk], start, stop, out, entropy=entropy)
             partials.max[split, chunk], partials.sum[split, chunk] = tile.base, tile.sums
+            if partials.weighted is not None and tile.weighted is not None:
+                partials.weighted[split, chunk] = tile.weighted
             partials.label_logits[first + tile.held] = tile.label_logits
     return partials

@@ -23,7 +23,7 @@ from torch import Tensor
 from copg_kernels.kernels.blocks import SPLIT_TORCH
 from copg_kernels.kernels.exp_tile import ExpTile, exp_tile_torch
 from copg_kernels.kernels.head import Head, finish_torch
-from copg_kernels.kernels.row_statistics import Partials
+from copg_kernels.kernels.row_statistics import Partials, joined_partials
 
 # Columns rather than single entries, which need an eps four times lower for the same error and cost more then, and
 # blocks of any size from 32 to 256 (bench/granularity.py). 128 is what the kernels' tiles are made of.
@@ -96,7 +96,7 @@ def significant_columns_torch(
         slices, overflowed = found
         partials.append(_partials(slices, hidden_states[rows]))
         compacts.append(_compact(slices, overflowed, partials[-1].label_logits))
-    joined = Partials(*(torch.cat(field, -1) for field in zip(*partials, strict=True)))
+    joined = joined_partials(partials)
     return joined, _joined(compacts)
 
 

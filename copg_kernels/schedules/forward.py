@@ -17,12 +17,16 @@ def token_logps(
     ignore_index: int,
     workspace_bytes: int,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(T, H), (T,) -> per_token_logps (T,), lse (2, T); 0 where ignored."""
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(T, H), (T,) -> per_token_logps (T,), lse (2, T), entropy (T,) or empty; 0 where ignored."""
     ops = tile_ops(backend)
     hidden_states, rows = counted_rows(hidden_states, labels, ignore_index, backend)
-    partials = ops.linear_logps_fwd(hidden_states, head, rows, workspace_bytes)
-    return ops.merge_splits_fwd(partials, rows)
+    partials = ops.linear_logps_fwd(hidden_states, head, rows, workspace_bytes, entropy=entropy)
+    per_token_logps, lse = ops.merge_splits_fwd(partials, rows)
+    if not entropy:
+        return per_token_logps, lse, lse.new_empty(0)
+    return per_token_logps, lse, ops.token_entropy_fwd(partials, rows, per_token_logps)
 
 
 def copg(

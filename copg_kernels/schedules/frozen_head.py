@@ -17,7 +17,7 @@ from torch import Tensor
 from copg_kernels.kernels.contrast import Completions, Contrast
 from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.pack_rows import PackedRows
-from copg_kernels.kernels.row_statistics import Partials
+from copg_kernels.kernels.row_statistics import Partials, joined_partials
 from copg_kernels.schedules.kept_tiles import hidden_product
 from copg_kernels.schedules.tile_ops import accumulation_dtype, counted_rows, operand_dtype, tile_ops
 from copg_kernels.schedules.workspace import kept_bytes_per_token, kept_elements
@@ -32,19 +32,29 @@ class _Chunk(NamedTuple):
     per_token_logps: Tensor
     lse: Tensor
     u: Tensor
+    entropy: Tensor  # empty where it is not wanted
 
 
 def token_logps_and_slopes(
-    hidden_states: Tensor, head: Head, labels: Tensor, *, ignore_index: int, workspace_bytes: int, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(T, H), (T,) -> per_token_logps (T,), lse (2, T), u (T, H) in the operands' dtype; 0 where ignored."""
+    hidden_states: Tensor,
+    head: Head,
+    labels: Tensor,
+    *,
+    ignore_index: int,
+    workspace_bytes: int,
+    backend: str,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(T, H), (T,) -> per_token_logps (T,), lse (2, T), u (T, H) in the operands' dtype, entropy; 0 where ignored."""
     dtype, num_tokens = accumulation_dtype(hidden_states.dtype), labels.numel()
     per_token_logps = hidden_states.new_empty((num_tokens,), dtype=dtype)
     lse = hidden_states.new_empty((2, num_tokens), dtype=dtype)
     u = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-    for chunk in _chunks(hidden_states, head, labels, ignore_index, workspace_bytes, backend):
-        per_token_logps[chunk.tokens], lse[:, chunk.tokens], u[chunk.tokens] = chunk[3:]
-    return per_token_logps, lse, u
+    entropies = [lse.new_empty(0)]
+    for chunk in _chunks(hidden_states, head, labels, ignore_index, workspace_bytes, backend, entropy):
+        per_token_logps[chunk.tokens], lse[:, chunk.tokens], u[chunk.tokens] = chunk[3:6]
+        entropies.append(chunk.entropy)
+    return per_token_logps, lse, u, torch.cat(entropies)
 
 
 def copg(
@@ -64,12 +74,18 @@ def copg(
         partials.append(chunk.partials)
         rows.append(chunk.rows)
         u[chunk.tokens] = chunk.u
-    joined = Partials(*(torch.cat(field, -1) for field in zip(*partials, strict=True)))
+    joined = joined_partials(partials)
     return tile_ops(backend).contrast_fwd(joined, joined_rows(rows), completions), u
 
 
 def _chunks(
-    hidden_states: Tensor, head: Head, labels: Tensor, ignore_index: int, workspace_bytes: int, backend: str
+    hidden_states: Tensor,
+    head: Head,
+    labels: Tensor,
+    ignore_index: int,
+    workspace_bytes: int,
+    backend: str,
+    entropy: bool = False,
 ) -> Iterator[_Chunk]:
     ops, dtype, V = tile_ops(backend), hidden_states.dtype, head.weight.shape[0]
     bytes_per_token = kept_bytes_per_token(V, dtype, hidden_states.device, backend)
@@ -78,13 +94,14 @@ def _chunks(
     for start in range(0, labels.numel(), max_tokens):
         tokens = slice(start, start + max_tokens)
         packed, rows = counted_rows(hidden_states[tokens], labels[tokens], ignore_index, backend)
-        partials, tiles = ops.exp_tiles(packed, head, rows, workspace)
+        partials, tiles = ops.exp_tiles(packed, head, rows, workspace, entropy=entropy)
         per_token_logps, lse = ops.merge_splits_fwd(partials, rows)
+        token_entropy = ops.token_entropy_fwd(partials, rows, per_token_logps) if entropy else lse.new_empty(0)
         slices = ops.place_labels(tiles, packed, head, rows, per_token_logps, lse)
         packed_u = hidden_product(slices, head, lse.new_full(rows.row_index.shape, -head.slope), backend)
         counted = (labels[tokens] != ignore_index).to(lse.dtype)
         u = ops.scale_rows(packed_u, rows.position, counted, dtype)
-        yield _Chunk(tokens, partials, rows, per_token_logps, lse, u)
+        yield _Chunk(tokens, partials, rows, per_token_logps, lse, u, token_entropy)
 
 
 def joined_rows(chunks: list[PackedRows]) -> PackedRows:

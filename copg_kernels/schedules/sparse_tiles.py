@@ -22,7 +22,7 @@ from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.merge_splits import merge_splits_fwd
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.place_labels import place_labels
-from copg_kernels.kernels.row_statistics import Partials
+from copg_kernels.kernels.row_statistics import Partials, joined_partials
 from copg_kernels.kernels.scale_rows import scale_counted, scale_rows
 from copg_kernels.kernels.softmax_minus_label import softmax_minus_label
 from copg_kernels.schedules import compact_tiles
@@ -68,7 +68,7 @@ def compact_rows(
         compact = compacted(part, rows, sparse_eps, needs, head.weight.dtype)
         partials.append(statistics_)
         chunks.append(CompactChunk(tokens, rows, compact, mean_row(compact.by_rows.dropped_list, head.weight)))
-    joined = Partials(*(torch.cat(field, -1) for field in zip(*partials, strict=True)))
+    joined = joined_partials(partials)
     return joined, joined_rows([chunk.rows for chunk in chunks]), chunks
 
 
