@@ -110,10 +110,9 @@ def test_plain_dpo():
     hidden_states = given["body"](given["input_ids"])
     execute(RECIPES["Plain PyTorch 3"], **given, hidden_states=hidden_states[:, :-1], labels=labels_of(given))
     logps = logps_by_hand(given["lm_head"](given["body"](given["input_ids"])), given)
-    gap = (logps - given["ref_logps"]).view(2, 2).diff(dim=1)[:, 0] * given["rewards"].view(2, 2).diff(dim=1)[
-        :, 0
-    ].sign()
-    assert_gradient(given["lm_head"].weight, -logsigmoid(BETA * gap).mean())
+    gaps = (logps - given["ref_logps"]).view(2, 2).diff(dim=1)
+    better = given["rewards"].view(2, 2).diff(dim=1).sign()
+    assert_gradient(given["lm_head"].weight, -logsigmoid(BETA * gaps * better).mean())
 
 
 def test_transformers_in_a_loop():
@@ -237,7 +236,7 @@ def test_selective_log_softmax():
 
 
 def test_ligers_dpo_loss():
-    """Its formula: all chosen first, sums of log-probs, mean over pairs; chosen_rewards are beta times the log-ratio."""
+    """Its formula, with all chosen completions first; its chosen_rewards are beta times these log-ratios."""
     hidden_states, weight, bias = torch.randn(6, 5, 16).double(), torch.randn(VOCAB, 16).double(), torch.randn(VOCAB)
     labels, ref_logps = torch.randint(VOCAB, (6, 5)), torch.randn(6).double() - 15
     labels[:, 0] = labels[2, 3:] = -100
@@ -335,20 +334,16 @@ def test_trl_refuses_adapters_of_the_head(tmp_path, what):
     prompts, config = Dataset.from_dict(dict(prompt=["a b"])), CoPGConfig(str(tmp_path), **QUIET)
     with pytest.raises(ValueError, match="Applying a PEFT adapter to `lm_head` is not supported"):
         CoPGTrainer(tiny_model(0), count_of_a, config, train_dataset=prompts, **options)
-    pairs, config = (
-        Dataset.from_dict(dict(prompt=["a"], chosen=["b"], rejected=["c"])),
-        trl.DPOConfig(str(tmp_path), **QUIET),
-    )
+    pairs, config = dict(prompt=["a"], chosen=["b"], rejected=["c"]), trl.DPOConfig(str(tmp_path), **QUIET)
     with pytest.raises(ValueError, match="Applying a PEFT adapter to `lm_head` is not supported"):
-        trl.DPOTrainer(tiny_model(0), args=config, train_dataset=pairs, **options)
+        trl.DPOTrainer(tiny_model(0), args=config, train_dataset=Dataset.from_dict(pairs), **options)
 
 
 # The API's page and the doctests
 
 
 def test_public_names_are_on_the_page_of_the_api():
-    names = re.findall(r"^ +- ([a-zA-Z_]+)$|^::: ([a-zA-Z_.]+)$", page("api.md"), re.MULTILINE)
-    documented = {(first or second).split(".")[-1] for first, second in names}
+    documented = {name.split(".")[-1] for name in re.findall(r"^::: ([a-zA-Z_.]+)$", page("api.md"), re.MULTILINE)}
     functions = {name for name, value in vars(losses).items() if name.endswith("_loss") and callable(value)}
     expected = {*copg_kernels.__all__, *parallel.__all__, *functions} - {"losses"}
     assert expected - documented == set()
