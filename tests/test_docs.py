@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.functional import cross_entropy, logsigmoid
 
 import copg_kernels
@@ -19,6 +21,7 @@ from copg_kernels import linear_copg_loss, linear_logps, linear_sequence_loss, l
 from copg_kernels.parallel import parallel_linear_logps
 from copg_kernels.reference import copg_loss_ref
 from tests.numerics import relative_error
+from tests.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB, BETA = 61, 0.1
@@ -292,9 +295,9 @@ def test_arguments_in_the_table(name):
     assert all(cell.startswith(("yes", "no")) for cell in cells(f"`{name}`"))
 
 
-def call(operator, hidden_states, **options):
+def call(operator, hidden_states, wrap_weight=lambda weight: weight, **options):
     """The scalar that `operator` gives for two pairs of two tokens."""
-    weight, labels = torch.linspace(-1, 1, 36).view(9, 4).sin(), torch.arange(8).view(4, 2)
+    weight, labels = wrap_weight(torch.linspace(-1, 1, 36).view(9, 4).sin()), torch.arange(8).view(4, 2)
     if operator is linear_logps:
         return linear_logps(hidden_states, weight, labels, **options).sum()
     completions = (torch.zeros(4), torch.tensor([1.0, 0.0, 2.0, 0.5]))
@@ -314,6 +317,21 @@ def test_graph_breaks_in_the_table(operator, sparse_eps):
     else:
         with pytest.raises(torch._dynamo.exc.Unsupported):
             compiled(hidden_states)
+
+
+def head_as_a_dtensor(group, operator):
+    hidden_states, mesh = torch.randn(4, 2, 4), DeviceMesh.from_group(group, "cpu")
+    shard = lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)])
+    return call(operator, hidden_states, wrap_weight=shard)
+
+
+def test_a_dtensor_is_refused(tmp_path):
+    ranks = Ranks(1, tmp_path / "store")
+    try:
+        errors = [ranks.errors(head_as_a_dtensor, operator) for operator in OPERATORS[:3]]
+    finally:
+        ranks.stop()
+    assert all("RuntimeError" in error and "mixed torch.Tensor and DTensor" in error for (error,) in errors)
 
 
 @pytest.mark.parametrize("what", ["lora", "dora"])
