@@ -44,6 +44,8 @@ setup(
         "test": ["pytest>=8.4", "pytest-xdist>=3.8", "trl>=1.16"],
         # Apart from `test`, so that a machine without a network can run the tests with the packages it has.
         "lint": ["ruff>=0.17.5", "mypy>=2.4.1"],
+        # ruff breaks the lines of signatures.
+        "docs": ["mkdocs>=1.6.1", "mkdocs-material>=9.8.1", "mkdocstrings[python]>=1.0.8", "ruff>=0.17.5"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

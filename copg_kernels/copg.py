@@ -69,6 +69,14 @@ def sequence_logps(
     Raises:
         TypeError, ValueError: shapes or dtypes disagree, cu_seqlens does not go from 0 to T without decreasing, or a
             completion has no counted token and average is set.
+
+    Examples:
+        >>> per_token_logps = torch.tensor([[-0.5, -1.0, -0.25], [-2.0, -1.5, 0.0]])
+        >>> labels = torch.tensor([[7, 3, 1], [4, 1, -100]])
+        >>> sequence_logps(per_token_logps, labels)
+        tensor([-1.7500, -3.5000])
+        >>> sequence_logps(per_token_logps, labels, average=True)
+        tensor([-0.5833, -1.7500])
     """
     checks.check_token_logps(per_token_logps, labels, cu_seqlens)
     counted = labels != ignore_index
@@ -119,6 +127,14 @@ def copg_loss(
         TypeError: a tensor is not floating point, or cu_groups is not int32.
         ValueError: shapes differ, a group has fewer than two completions or does not fit N, rewards or ref_logps are
             not finite, or beta <= 0.
+
+    Examples:
+        >>> logps = torch.tensor([-3.0, -5.0], requires_grad=True)
+        >>> loss = copg_loss(logps, torch.tensor([-3.0, -5.0]), torch.tensor([1.0, 0.0]), beta=0.5)
+        >>> loss.item()
+        0.5
+        >>> torch.autograd.grad(loss, logps)[0]
+        tensor([-0.5000,  0.5000])
 
     Reference: Flet-Berliac et al., Contrastive Policy Gradient, EMNLP 2024, https://arxiv.org/abs/2406.19185.
     """
@@ -191,6 +207,20 @@ def linear_copg_loss(
     Raises:
         TypeError, ValueError: as `linear_logps`, `sequence_logps` and `copg_loss`; on a GPU the values of tensors are
             checked by device assertions.
+
+    Examples:
+        Two completions, of three and of two tokens, where each of 8 tokens is as likely as the others:
+
+        >>> hidden_states, lm_head_weight = torch.zeros(2, 3, 4), torch.zeros(8, 4)
+        >>> labels = torch.tensor([[5, 2, 1], [3, 1, -100]])
+        >>> ref_logps, rewards = torch.tensor([-6.0, -4.0]), torch.tensor([1.0, 0.0])
+        >>> output = linear_copg_loss(hidden_states, lm_head_weight, labels, ref_logps, rewards, beta=0.1)
+        >>> output.logps
+        tensor([-6.2383, -4.1589])
+        >>> output.regularized_rewards
+        tensor([1.0238, 0.0159])
+        >>> round(output.loss.item(), 2)
+        2.54
 
     Reference: Flet-Berliac et al., Contrastive Policy Gradient, EMNLP 2024, https://arxiv.org/abs/2406.19185.
     """

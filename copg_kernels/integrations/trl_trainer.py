@@ -78,7 +78,9 @@ class CoPGTrainer(RLOOTrainer):
     optimal policy.
 
     Args:
-        as for RLOOTrainer; args is a CoPGConfig, model one that `read_head` accepts.
+        model: one that `read_head` accepts, or its name.
+        args: a CoPGConfig.
+        The others: as for RLOOTrainer.
 
     Raises:
         TypeError: args is another configuration.

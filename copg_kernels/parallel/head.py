@@ -33,8 +33,9 @@ class _Options(NamedTuple):
 def shard_bounds(vocab_size: int, world_size: int, rank: int) -> tuple[int, int]:
     """First and past-the-last row of a rank's shard, as torch.chunk and DTensor split: the last ranks may be short.
 
-    >>> [shard_bounds(5, 4, rank) for rank in range(4)]
-    [(0, 2), (2, 4), (4, 5), (5, 5)]
+    Examples:
+        >>> [shard_bounds(5, 4, rank) for rank in range(4)]
+        [(0, 2), (2, 4), (4, 5), (5, 5)]
     """
     if vocab_size < 1 or world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(
