@@ -129,6 +129,7 @@ def _linear_logps_setup(ctx, inputs, output):
 
 
 def _linear_logps_backward(ctx, dlogps, *_):
+    refuse_second_derivative()
     if dlogps is None:
         return (None,) * (6 + len(ctx.options))
     if ctx.frozen_head:
@@ -244,6 +245,7 @@ def _linear_copg_setup(ctx, inputs, output):
 
 
 def _linear_copg_backward(ctx, dloss, *_):
+    refuse_second_derivative()
     if dloss is None:
         return (None,) * ctx.num_inputs
     # A loss that is differentiated by itself has nothing to scale; on a GPU it would cost a wait to find out.
@@ -256,6 +258,12 @@ def _linear_copg_backward(ctx, dloss, *_):
 
 
 linear_copg_op.register_autograd(_linear_copg_backward, setup_context=_linear_copg_setup)
+
+
+def refuse_second_derivative() -> None:
+    """Saved derivatives are constants to autograd: a second derivative would come out wrong, and not say so."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("copg_kernels has no second derivatives: create_graph must be False")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.row_statistics import Partials
 from copg_kernels.linear_logps import linear_logps
-from copg_kernels.ops import on_device, row_major
+from copg_kernels.ops import on_device, refuse_second_derivative, row_major
 from copg_kernels.schedules import closed_groups, recompute
 from copg_kernels.schedules.chunks import Batch, Chunk, chunks_of
 from copg_kernels.schedules.sparse_softmax import Sparsity
@@ -218,6 +218,7 @@ class _KnownGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dvalue: Tensor) -> tuple:
+        refuse_second_derivative()
         pairs = zip(ctx.saved_tensors, ctx.like, strict=True)
         return None, None, *((g * dvalue).to(dtype).view(shape) for g, (shape, dtype) in pairs)
 

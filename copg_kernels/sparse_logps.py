@@ -9,7 +9,7 @@ from torch import Tensor
 
 from copg_kernels import checks
 from copg_kernels.kernels.head import Head
-from copg_kernels.ops import on_device, row_major
+from copg_kernels.ops import on_device, refuse_second_derivative, row_major
 from copg_kernels.schedules import sparse_softmax
 from copg_kernels.schedules.recompute import Needs
 from copg_kernels.schedules.sparse_softmax import Sparsity
@@ -69,6 +69,7 @@ class _SparseLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dlogps: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         if dlogps is None:
             return (None,) * 7
         hidden_states, weight, bias, labels, per_token_logps, lse = ctx.saved_tensors

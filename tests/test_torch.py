@@ -126,3 +126,22 @@ def test_activation_checkpointing(backend):
     plain = torch.autograd.grad(block(hidden_states), (hidden_states, weight))
     recomputed = torch.autograd.grad(checkpoint(block, hidden_states, use_reentrant=False), (hidden_states, weight))
     assert all(torch.equal(*pair) for pair in zip(plain, recomputed, strict=True))
+
+
+@pytest.mark.parametrize("case", ["trainable", "frozen head", "sparse", "fused", "any loss"])
+def test_second_derivatives_are_refused(case, backend):
+    """They would be wrong without a word: what the forward pass saved counts as constant."""
+    hidden_states, weight, labels, _ = operands(False)
+    weight.requires_grad_(case != "frozen head")
+    arguments = (hidden_states, weight, labels)
+    ref_logps, rewards, cu_seqlens, _ = completions()
+    batch = (*arguments, ref_logps, rewards)
+    if case == "fused":
+        value = linear_copg_loss(*batch, beta=0.3, cu_seqlens=cu_seqlens, backend=backend).loss
+    elif case == "any loss":
+        options = dict(loss=losses.ipo_loss, beta=0.3, cu_seqlens=cu_seqlens, backend=backend)
+        value = linear_sequence_loss(*batch, **options).loss
+    else:
+        value = linear_logps(*arguments, sparse_eps=1e-3 if case == "sparse" else None, backend=backend).sum()
+    with pytest.raises(RuntimeError, match="create_graph must be False"):
+        torch.autograd.grad(value, hidden_states, create_graph=True)
