@@ -9,7 +9,7 @@
     6. Samples on held-out prompts: reward, KL to the reference, length, words shared with the true line.
     7. CoPG with averaged log-likelihoods beside summed ones, beta scaled by the mean length of the data.
 
-    python train/summarize.py                 # 2 CPU cores, 18 minutes of processor time in all
+    python train/summarize.py                 # nine minutes on two idle CPU cores
     python train/summarize.py --size small    # one GPU; not run on one yet
 
 --out receives results.json and three figures. Standard errors are over seeds. A seed has prompts, samples and pairings

@@ -51,7 +51,7 @@ class Settings:
 
 
 SIZES = {
-    # Two CPU cores: 18 minutes of processor time, most of it in two processes.
+    # Two CPU cores, nine minutes when they are idle.
     "tiny": Settings(
         files_per_package=1200,
         validation_prompts=64,
