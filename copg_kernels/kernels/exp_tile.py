@@ -32,7 +32,7 @@ from copg_kernels.kernels.head import (
 )
 from copg_kernels.kernels.language import jit, tl, triton
 from copg_kernels.kernels.pack_rows import PackedRows
-from copg_kernels.kernels.row_statistics import Partials, exponentials, tile_maximum, weighted_sum
+from copg_kernels.kernels.row_statistics import Partials, exponentials, tile_maximum
 
 # The largest of so many logits serves as reference.
 REFERENCE_COLUMNS = 64
@@ -116,7 +116,8 @@ def _exp_tile_kernel(
         tile_sum += part_sum
         label_logit += at_label
         if tile_weighted_ptr is not None:
-            tile_weighted += weighted_sum(parts[part], exps, tile_max)
+            # log e is z - tile_max once more: keeping z beside the cap's derivative costs registers that spill.
+            tile_weighted += tl.sum(exps * tl.log(tl.maximum(exps, 1e-37)), 1)
         if HAS_CAP:
             # Past V the slope is infinite and the exponential 0: that product is not stored.
             exps *= cap_slope(parts[part], inv_softcap, inv_temperature)
