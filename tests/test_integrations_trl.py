@@ -19,9 +19,11 @@ pytest.importorskip("datasets")
 import trl
 from datasets import Dataset
 
+from copg_kernels import linear_logps_and_entropy
 from copg_kernels.integrations import trl as fused
 from copg_kernels.integrations.trl import ChunkedLogProbFunction
 from tests.numerics import assert_close, assert_logps_close, upcast
+from tests.test_work import MatmulFlops
 from tests.tiny_trl import QUIET, STEPS, count_of_a, policy_with_reference, tiny_model, word_tokenizer
 
 N, V, H = 37, 61, 16
@@ -101,25 +103,69 @@ def test_log_probs_and_gradients(case):
         assert_close(name, actual[name], in_float32[name], gold[name])
 
 
-def test_gradients_through_log_probs_and_entropy_add_up():
-    values = operands(bias=True)
-    logps, entropy, *_ = ChunkedLogProbFunction.apply(*values.values(), 0.7, 16, 5.0, 0.5, ("entropy",))
+@pytest.mark.parametrize("case", [case for case in CASES if case != "bfloat16"])  # TRL's function rounds the logits
+def test_gradients_through_log_probs_and_entropy_add_up(case):
+    shape, (temperature, softcap, logit_scale) = CASES[case]
+    values = operands(**shape)
+    arguments = (*values.values(), temperature, 16, softcap, logit_scale)
+    logps, entropy, *_ = ChunkedLogProbFunction.apply(*arguments, ("entropy",))
     exact, base = upcast(values, torch.float64), upcast(values, torch.float32)
-    gold_outputs = eager(**exact, temperature=0.7, softcap=5.0, logit_scale=0.5)[:2]
-    base_outputs = eager(**base, temperature=0.7, softcap=5.0, logit_scale=0.5)[:2]
+    head = dict(temperature=temperature, softcap=softcap, logit_scale=logit_scale)
+    gold_outputs, base_outputs = eager(**exact, **head)[:2], eager(**base, **head)[:2]
     assert_close("entropy", entropy, base_outputs[1], gold_outputs[1])
     actual, gold = gradients(values, logps, entropy), gradients(exact, *gold_outputs)
     for name, in_float32 in gradients(base, *base_outputs).items():
         assert_close(name, actual[name], in_float32, gold[name])
 
 
+def test_entropy_costs_nothing_until_a_gradient_arrives():
+    """No product outside of our own operators, whose own work tests/test_entropy.py counts; then TRL's four."""
+    values = operands()
+    arguments = (*values.values(), 0.7, 16, None, 1.0, ("entropy",))
+    with MatmulFlops() as counter:
+        logps, entropy, *_ = ChunkedLogProbFunction.apply(*arguments)
+        (logps * entropy.detach()).sum().backward(retain_graph=True)
+    assert counter.flops == 0
+    assert torch.equal(
+        entropy, linear_logps_and_entropy(*list(values.values())[:2], values["labels"], temperature=0.7)[1]
+    )
+    with MatmulFlops() as counter:
+        gradients(values, entropy)
+    assert counter.flops == 4 * (2 * N * V * H)
+    with torch.no_grad():
+        assert not ChunkedLogProbFunction.apply(*arguments)[1].requires_grad
+
+
+def test_gradient_of_entropy_in_the_dtype_of_the_product():
+    """That of TRL's function on the operands as they were multiplied, wherever the backward pass runs."""
+    values = operands(bias=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, entropy, *_ = ChunkedLogProbFunction.apply(*values.values(), 0.7, 16, 5.0, 0.5, ("entropy",))
+        actual = gradients(values, entropy)
+    rounded = upcast(values, torch.bfloat16)
+    _, expected_entropy, *_ = fused._TRL_FUNCTION.apply(*rounded.values(), 0.7, 16, 5.0, 0.5)
+    for name, expected in gradients(rounded, expected_entropy).items():
+        assert actual[name].dtype == torch.float32
+        assert torch.equal(actual[name], expected.float())
+
+
+def test_second_derivative_of_entropy_is_refused():
+    values = operands()
+    _, entropy, *_ = ChunkedLogProbFunction.apply(*values.values(), 1.0, 16)
+    with pytest.raises(RuntimeError, match="create_graph must be False"):
+        torch.autograd.grad(entropy.sum(), values["hidden"], create_graph=True)
+
+
 def test_the_other_outputs_are_those_of_trl():
     values = operands(bias=True)
     arguments = (*values.values(), 0.7, 16, 5.0, 0.5)
     ours, theirs = ChunkedLogProbFunction.apply(*arguments), fused._TRL_FUNCTION.apply(*arguments)
-    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-5)
-    for our_output, their_output in zip(ours[1:], theirs[1:], strict=True):
-        assert torch.equal(our_output, their_output)
+    for our_output, their_output in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(our_output, their_output, rtol=1e-5, atol=1e-5)
+    for our_output, their_output in zip(ours[2:], theirs[2:], strict=True):
+        assert torch.equal(our_output, their_output) and not our_output.requires_grad
+    alone = ChunkedLogProbFunction.apply(*arguments, ("mean_logits",))
+    assert torch.equal(alone[3], theirs[3]) and alone[1] is alone[2] is alone[4] is None
 
 
 def test_the_dtype_of_the_product():
@@ -142,7 +188,7 @@ def test_no_tokens(outputs):
         values["hidden"][:0], values["weight"], None, values["labels"][:0], 1.0, 16, None, 1.0, outputs
     )
     assert logps.shape == (0,) and (entropy is None) == ("entropy" not in outputs)
-    logps.sum().backward()
+    (logps if entropy is None else logps + entropy).sum().backward()
     assert not values["weight"].grad.any() and not values["hidden"].grad.any()
 
 
@@ -294,8 +340,8 @@ def trained(name: str, folder) -> tuple[list[dict], dict]:
 @pytest.mark.parametrize("name", TRAINERS)
 def test_trainers_log_the_same_losses(name, tmp_path, monkeypatch):
     calls = []
-    linear_logps = fused.linear_logps
-    monkeypatch.setattr(fused, "linear_logps", lambda *args, **kw: calls.append(1) or linear_logps(*args, **kw))
+    log_probs = fused._log_probs
+    monkeypatch.setattr(fused, "_log_probs", lambda *args: calls.append(1) or log_probs(*args))
     expected, expected_parameters = trained(name, tmp_path / "theirs")
     assert not calls
     with fused.install():

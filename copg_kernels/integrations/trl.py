@@ -13,13 +13,15 @@ from __future__ import annotations
 import inspect
 import sys
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 import trl.trainer.utils  # noqa: F401  (one of the modules where TRL binds its function)
 from torch import Tensor
 from trl.kernels import chunked_logprob
 
-from copg_kernels import linear_logps
+from copg_kernels import linear_logps, linear_logps_and_entropy
+from copg_kernels.ops import refuse_second_derivative
 
 _TRL_FUNCTION = chunked_logprob.ChunkedLogProbFunction
 # What TRL 1.16 calls its arguments, in the order in which its trainers pass them.
@@ -30,9 +32,10 @@ class ChunkedLogProbFunction:
     """In place of `trl.kernels.ChunkedLogProbFunction`: same arguments, same outputs, called by `apply` alone.
 
     Log-probabilities come from `linear_logps`, which does not round logits to bfloat16 and forms the gradients of a
-    frozen head along with them. The other outputs stay TRL's own, computed by its function in its tiles and only where
-    a trainer asks for them, at the cost of one more head GEMM: entropy, which is differentiable; log_sum_sq_probs,
-    mean_logits and is_top1, which are not.
+    frozen head along with them. Entropy comes from the same logits, at no GEMM more, as GRPO and RLOO ask for it in
+    every step to log it. It is differentiable: where a gradient arrives for it, of an entropy bonus say, the backward
+    pass runs TRL's function for that part, four head GEMMs. The other outputs, which carry no gradient, stay TRL's own,
+    in its tiles and only where a trainer asks for them, at one GEMM in all.
     """
 
     @staticmethod
@@ -60,13 +63,13 @@ class ChunkedLogProbFunction:
             bias: (V,), or None.
             labels: (N,) int64 in [0, V).
             temperature: divisor of the logits.
-            chunk_size: columns per tile of TRL's other outputs; the log-probs take the workspace of `linear_logps`.
+            chunk_size: columns per tile of TRL's function where it runs; ours takes the workspace of `linear_logps`.
             softcap: Gemma's final_logit_softcapping, or None.
             logit_scale: factor of the logits, before the cap.
             outputs: which of the other four to compute; "log_probs" is always.
 
         Returns:
-            Log-probs in float32 and in nats; the rest as TRL returns it.
+            Log-probs and entropy in float32 and in nats; the rest as TRL returns it.
 
         Raises:
             TypeError, ValueError: what `linear_logps` refuses; a head that DeepSpeed ZeRO-3 has partitioned.
@@ -77,20 +80,54 @@ class ChunkedLogProbFunction:
                 "train without ZeRO-3, or call uninstall()"
             )
         dtype = _product_dtype(hidden_states)
-        logps = linear_logps(
-            hidden_states.to(dtype),
-            lm_head_weight.to(dtype),
-            labels,
-            bias=None if bias is None else bias.to(dtype),
-            logit_scale=logit_scale,
-            softcap=softcap,
-            temperature=temperature,
-        )
-        others: tuple[Tensor | None, ...] = (None,) * len(chunked_logprob.OPTIONAL_OUTPUTS)
-        if set(outputs) & set(chunked_logprob.OPTIONAL_OUTPUTS):
-            options = (temperature, chunk_size, softcap, logit_scale, outputs)
-            _, *others = _TRL_FUNCTION.apply(hidden_states, lm_head_weight, bias, labels, *options)
-        return logps.float(), *others
+        tensors = (hidden_states.to(dtype), lm_head_weight.to(dtype), None if bias is None else bias.to(dtype), labels)
+        options = (temperature, chunk_size, softcap, logit_scale)
+        logps, entropy = _log_probs(tensors, options, "entropy" in outputs)
+        others: tuple[Tensor | None, ...] = (None,) * (len(chunked_logprob.OPTIONAL_OUTPUTS) - 1)
+        of_trl = tuple(name for name in chunked_logprob.OPTIONAL_OUTPUTS[1:] if name in outputs)
+        if of_trl:
+            with torch.no_grad():
+                _, _, *others = _TRL_FUNCTION.apply(*tensors, *options, of_trl)
+        return logps, entropy, *others
+
+
+def _log_probs(
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor], options: tuple[Any, ...], with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(N,) float32 each, of TRL's arguments."""
+    hidden_states, lm_head_weight, bias, labels = tensors
+    temperature, _, softcap, logit_scale = options
+    operands = (hidden_states, lm_head_weight, labels)
+    ours: dict[str, Any] = dict(bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
+    if not with_entropy:
+        return linear_logps(*operands, **ours).float(), None
+    logps, entropy = linear_logps_and_entropy(*operands, **ours)
+    return logps.float(), _DifferentiableEntropy.apply(entropy.float(), *tensors, options)
+
+
+class _DifferentiableEntropy(torch.autograd.Function):
+    """Entropy whose value is there already; its gradient, which few ask for, is that of TRL's function."""
+
+    @staticmethod
+    def forward(ctx: Any, entropy: Tensor, *arguments: Any) -> Tensor:
+        *tensors, ctx.options = arguments
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        return entropy.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dentropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        needs = ctx.needs_input_grad[1:4]
+        gradients: list[Tensor | None] = [None] * len(needs)
+        if dentropy is not None:
+            *operands, labels = ctx.saved_tensors
+            leaves = [None if x is None else x.detach().requires_grad_(n) for x, n in zip(operands, needs, strict=True)]
+            with torch.enable_grad(), torch.autocast(labels.device.type, enabled=False):
+                _, entropy, *_ = _TRL_FUNCTION.apply(*leaves, labels, *ctx.options, ("entropy",))
+            entropy.backward(dentropy)
+            gradients = [None if x is None else x.grad for x in leaves]
+        return None, *gradients, None, None
 
 
 def install() -> ExitStack:
