@@ -40,7 +40,12 @@ def resolve_backend(backend: str, hidden_states: Tensor) -> str:
 def check_head(
     hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor, bias: Tensor | None, *, least_rows: int = 1
 ) -> None:
-    """Shapes, dtypes and devices of the head's operands; a shard of the head may have no row."""
+    """Shapes, dtypes and devices of the head's operands, all of them plain; a shard of the head may have no row."""
+    _refuse_dtensor("hidden_states", hidden_states, "pass its full_tensor()")
+    _refuse_dtensor("labels", labels, "pass its full_tensor()")
+    for_shards = "copg_kernels.parallel.gathered makes it whole, parallel_linear_logps takes shards of rows"
+    _refuse_dtensor("lm_head_weight", lm_head_weight, for_shards)
+    _refuse_dtensor("bias", bias, for_shards)
     _require_tensor("hidden_states", hidden_states, _FLOATS)
     _require_tensor("lm_head_weight", lm_head_weight, (hidden_states.dtype,), hidden_states.device)
     _require_tensor("labels", labels, (torch.int64,), hidden_states.device)
@@ -253,6 +258,12 @@ def _require_tensor(
         raise TypeError(f"{name} must be {expected}, got {str(value.dtype).removeprefix('torch.')}")
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on {device} like the other tensors, got {value.device}")
+
+
+def _refuse_dtensor(name: str, value: Tensor | None, instead: str) -> None:
+    # By an attribute: the import of DTensor takes half a second, which few callers need to spend.
+    if hasattr(value, "device_mesh"):
+        raise TypeError(f"{name} must be a plain tensor, got a DTensor: {instead}")
 
 
 def _require_shape(name: str, value: Tensor, shape: tuple[int, ...], meaning: str) -> None:

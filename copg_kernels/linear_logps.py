@@ -70,7 +70,7 @@ def linear_logps(
         (...,) float32, in nats (float64 for float64 operands).
 
     Raises:
-        TypeError: an argument has another dtype than the ones above.
+        TypeError: an argument has another dtype than the ones above, or is a DTensor.
         ValueError: shapes or devices disagree, a label lies outside [0, V) and is not ignore_index (on a GPU a device
             assertion, so that nothing synchronises), a scalar is out of range, workspace_bytes does not hold one tile,
             or the backend does not exist here.

@@ -7,6 +7,7 @@ import doctest
 import importlib
 import inspect
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -295,9 +296,9 @@ def test_arguments_in_the_table(name):
     assert all(cell.startswith(("yes", "no")) for cell in cells(f"`{name}`"))
 
 
-def call(operator, hidden_states, wrap_weight=lambda weight: weight, **options):
+def call(operator, hidden_states, **options):
     """The scalar that `operator` gives for two pairs of two tokens."""
-    weight, labels = wrap_weight(torch.linspace(-1, 1, 36).view(9, 4).sin()), torch.arange(8).view(4, 2)
+    weight, labels = torch.linspace(-1, 1, 36).view(9, 4).sin(), torch.arange(8).view(4, 2)
     if operator is linear_logps:
         return linear_logps(hidden_states, weight, labels, **options).sum()
     completions = (torch.zeros(4), torch.tensor([1.0, 0.0, 2.0, 0.5]))
@@ -319,19 +320,30 @@ def test_graph_breaks_in_the_table(operator, sparse_eps):
             compiled(hidden_states)
 
 
-def head_as_a_dtensor(group, operator):
-    hidden_states, mesh = torch.randn(4, 2, 4), DeviceMesh.from_group(group, "cpu")
-    shard = lambda tensor: distribute_tensor(tensor, mesh, [Shard(0)])
-    return call(operator, hidden_states, wrap_weight=shard)
+def with_a_dtensor(group, operator, argument):
+    mesh = DeviceMesh.from_group(group, "cpu")
+    tensors = dict(
+        hidden_states=torch.randn(4, 2, 4),
+        lm_head_weight=torch.randn(9, 4),
+        labels=torch.zeros(4, 2, dtype=torch.int64),
+        bias=torch.zeros(9),
+    )
+    tensors[argument] = distribute_tensor(tensors[argument], mesh, [Shard(0)])
+    if operator is not linear_logps:
+        tensors |= dict(ref_logps=torch.zeros(4), rewards=torch.zeros(4), beta=BETA)
+    operator(**tensors, **(dict(loss=losses.ipo_loss) if operator is linear_sequence_loss else {}))
 
 
 def test_a_dtensor_is_refused(tmp_path):
+    """The head's with what to use instead; a DTensor is one on a single rank too."""
+    refused = dict(lm_head_weight="gathered", bias="gathered", hidden_states="full_tensor", labels="full_tensor")
     ranks = Ranks(1, tmp_path / "store")
     try:
-        errors = [ranks.errors(head_as_a_dtensor, operator) for operator in OPERATORS[:3]]
+        for operator, (argument, instead) in product(OPERATORS[:3], refused.items()):
+            (error,) = ranks.errors(with_a_dtensor, operator, argument)
+            assert f"TypeError: {argument} must be a plain tensor, got a DTensor" in error and instead in error
     finally:
         ranks.stop()
-    assert all("RuntimeError" in error and "mixed torch.Tensor and DTensor" in error for (error,) in errors)
 
 
 @pytest.mark.parametrize("what", ["lora", "dora"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from copg_kernels import (
@@ -115,6 +116,15 @@ def test_dynamic_number_of_tokens(backend):
     for length in (24, 17, 9):
         x, y = hidden_states[:length], labels[:length]
         torch.testing.assert_close(function(x, weight, y), linear_logps(x, weight, y, backend=backend).sum())
+
+
+@pytest.mark.parametrize("tracing_mode", ["fake", "symbolic"])
+def test_traced_with_tensors_that_hold_no_numbers(tracing_mode, backend):
+    """As torch.export and AOTAutograd see a program: functional, and of shapes alone."""
+    inputs = operands()
+    function = programs(backend)["of_tokens"]
+    traced = make_fx(torch.func.functionalize(function), tracing_mode=tracing_mode)(*inputs)
+    torch.testing.assert_close(traced(*inputs), function(*inputs))
 
 
 def test_activation_checkpointing(backend):

@@ -163,9 +163,6 @@ def _mesh_or_group(
 def _describe(
     hidden_states: Tensor, lm_head_shard: Tensor, labels: Tensor, bias: Tensor | None, options: _Options
 ) -> Call:
-    for name, value in (("hidden_states", hidden_states), ("labels", labels)):
-        if isinstance(value, DTensor):
-            raise TypeError(f"{name} must be a plain tensor, got a DTensor: pass its full_tensor()")
     shard, bias = _local("lm_head_shard", lm_head_shard), _local("bias", bias)
     checks.check_head(hidden_states, shard, labels, bias, least_rows=0)
     checks.check_logit_options(options.logit_scale, options.softcap, options.temperature)
