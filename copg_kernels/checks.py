@@ -189,7 +189,7 @@ def check_beta(beta: float) -> None:
 
 def require(condition: Tensor, message: str) -> None:
     """Refuse values: a ValueError on a CPU, an asynchronous assertion on a GPU and in compiled code."""
-    if torch.compiler.is_compiling() or condition.is_cuda:
+    if _on_gpu(condition):
         torch._assert_async(condition, message)
     elif not condition:
         raise ValueError(message)
@@ -236,6 +236,7 @@ def require_nonempty(counts: Tensor) -> None:
 
 
 def _on_gpu(tensor: Tensor) -> bool:
+    """Whether its numbers are out of the host's sight, which must not wait for them."""
     return tensor.is_cuda or torch.compiler.is_compiling()
 
 

@@ -268,8 +268,11 @@ def refuse_second_derivative() -> None:
 
 @contextmanager
 def on_device(hidden_states: Tensor, workspace_bytes: int) -> Iterator[None]:
-    """Triton launches on the current device, which need not be the tensors'. Out of memory says what to set."""
-    with torch.cuda.device_of(hidden_states):
+    """Triton launches on the current device, which need not be the tensors'. Out of memory says what to set.
+
+    Without autocast, which would round the operands of the schedules' own products.
+    """
+    with torch.cuda.device_of(hidden_states), torch.autocast(hidden_states.device.type, enabled=False):
         try:
             yield
         except torch.OutOfMemoryError as error:

@@ -1,5 +1,7 @@
 """The operators as citizens of torch: opcheck, fullgraph compilation, hooks for checkpointing."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -127,15 +129,30 @@ def test_traced_with_tensors_that_hold_no_numbers(tracing_mode, backend):
     torch.testing.assert_close(traced(*inputs), function(*inputs))
 
 
-def test_activation_checkpointing(backend):
-    hidden_states, weight, labels, _ = operands()
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved tensor hooks", "reentrant"])
+@pytest.mark.parametrize("around", ["body", "body and operator"])
+@pytest.mark.parametrize("program", ["of_tokens", "fused", "any_loss"])
+def test_activation_checkpointing(program, around, use_reentrant, backend):
+    """Same gradients, to the bit: what is run again gives the same bits."""
+    inputs, loss_of = operands(), programs(backend)[program]
+    mixing = torch.randn(H, H, device=DEVICE, requires_grad=True)
 
-    def block(x):
-        return linear_logps(x.tanh(), weight, labels, backend=backend).sum()
+    def body(x):
+        return (x @ mixing).tanh()
 
-    plain = torch.autograd.grad(block(hidden_states), (hidden_states, weight))
-    recomputed = torch.autograd.grad(checkpoint(block, hidden_states, use_reentrant=False), (hidden_states, weight))
-    assert all(torch.equal(*pair) for pair in zip(plain, recomputed, strict=True))
+    def value(again) -> torch.Tensor:
+        if around == "body":
+            return loss_of(again(body, inputs[0]), *inputs[1:])
+        return again(lambda x, *others: loss_of(body(x), *others), *inputs)
+
+    leaves = [mixing, *(x for x in inputs if x is not None and x.requires_grad)]
+    found = []
+    for again in (lambda function, *args: function(*args), partial(checkpoint, use_reentrant=use_reentrant)):
+        value(again).backward()
+        found.append([leaf.grad for leaf in leaves])
+        for leaf in leaves:
+            leaf.grad = None
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("case", ["trainable", "frozen head", "sparse", "fused", "any loss"])
