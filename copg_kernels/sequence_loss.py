@@ -17,7 +17,7 @@ from copg_kernels.kernels.row_statistics import Partials
 from copg_kernels.linear_logps import linear_logps
 from copg_kernels.ops import on_device, refuse_second_derivative, row_major
 from copg_kernels.schedules import closed_groups, recompute
-from copg_kernels.schedules.chunks import Batch, Chunk, chunks_of
+from copg_kernels.schedules.chunks import Batch, Chunk, capturing, chunks_of
 from copg_kernels.schedules.sparse_softmax import Sparsity
 from copg_kernels.schedules.tile_ops import can_keep_tiles, tile_ops
 
@@ -54,7 +54,8 @@ def linear_sequence_loss(
 
     Its derivatives by the log-probabilities come from autograd. As in `linear_copg_loss` it takes three head GEMMs, if
     the loss is a mean over groups of a function of each group; one that turns out not to be is right all the same, but
-    its logits are computed twice. gemm_units tells. Under torch.compile the backward pass is that of `linear_logps`.
+    its logits are computed twice. gemm_units tells. Where there are several chunks, a GPU is waited for once to find
+    out; in a CUDA graph, and under torch.compile, the backward pass is that of `linear_logps` instead.
 
     Args:
         loss: one of `copg_kernels.losses`, or the caller's own with the signature
@@ -147,7 +148,7 @@ def _in_closed_groups(
             head=batch.head._replace(weight=row_major(batch.head.weight)),
         )
         chunks = chunks_of(batch, needs, **options)
-        if chunks is None:
+        if chunks is None or (len(chunks) > 1 and capturing(batch.labels)):  # _agree reads
             return None
         # A chunk's coefficients are taken from the loss of all completions, those to come still at the reference.
         logps = completions.ref_logps.clone()

@@ -70,11 +70,16 @@ def chunks_of(batch: Batch, needs: Needs, *, workspace_bytes: int, backend: str)
         length, group_size = completions.equal_sizes
         cu_seqlens = [*range(0, num_tokens + 1, length)]
         cu_groups = [*range(0, num_completions + 1, group_size)]
-    elif weight.is_cuda and torch.cuda.is_current_stream_capturing():
+    elif capturing(weight):
         return None
     else:
         cu_seqlens, cu_groups = completions.cu_seqlens.tolist(), completions.cu_groups.tolist()
     return plan_chunks(cu_seqlens, cu_groups, bytes_per_token, workspace_bytes)
+
+
+def capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being made of what runs: then nothing can be read."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def batch_of(chunk: Chunk, batch: Batch) -> Batch:
