@@ -85,6 +85,14 @@ def check_sparse_eps(sparse_eps: float | None, dtype: torch.dtype, backend: str)
         raise ValueError(f"sparse_eps needs float32 or bfloat16 with backend {backend!r}, got {dtype}")
 
 
+def check_return_entropy(return_entropy: bool, sparse_eps: float | None) -> None:
+    """Of the softmax, which sparse_eps does not keep."""
+    if not isinstance(return_entropy, bool):
+        raise TypeError(f"return_entropy must be a bool, got {type(return_entropy).__name__}")
+    if return_entropy and sparse_eps is not None:
+        raise ValueError(f"return_entropy needs sparse_eps = None, got {sparse_eps}")
+
+
 def check_workspace(workspace_bytes: int | None, hidden_states: Tensor, num_rows: int, backend: str) -> int:
     """The budget in bytes, refused when not even one tile fits."""
     least = least_workspace_bytes(num_rows, hidden_states.shape[-1], hidden_states.dtype, hidden_states.device, backend)

@@ -34,11 +34,16 @@ class CoPGOutput(_Fields):
     sparsity: Sparsity | None
     """What sparse_eps kept of the softmax: density, mass dropped per token, share of tokens computed exactly."""
 
+    entropy: Tensor | None
+    """The labels' shape, of each token's softmax, in nats, with return_entropy; 0 at ignored tokens. Detached."""
+
     @classmethod
-    def of(cls, *fields: Tensor, gemm_units: Tensor, sparsity: Sparsity | None = None) -> CoPGOutput:
+    def of(
+        cls, *fields: Tensor, gemm_units: Tensor, sparsity: Sparsity | None = None, entropy: Tensor | None = None
+    ) -> CoPGOutput:
         """The four fields, and the attributes."""
         output = cls(*fields)
-        output.gemm_units, output.sparsity = gemm_units, sparsity
+        output.gemm_units, output.sparsity, output.entropy = gemm_units, sparsity, entropy
         return output
 
 
@@ -171,6 +176,7 @@ def linear_copg_loss(
     temperature: float = 1.0,
     ignore_index: int = -100,
     sparse_eps: float | None = None,
+    return_entropy: bool = False,
     workspace_bytes: int | None = None,
     backend: str = "auto",
 ) -> CoPGOutput:
@@ -199,10 +205,13 @@ def linear_copg_loss(
         beta, group_size, cu_groups: as in `copg_loss`.
         cu_seqlens: (N + 1,) int32 boundaries of packed completions.
         average_logps: mean instead of sum over a completion's tokens; beta then weighs a nat per token.
+        return_entropy: also each token's entropy, as `linear_logps_and_entropy` has it, at no GEMM more. Not together
+            with sparse_eps: a compact softmax has lost the entropy.
         bias, logit_scale, softcap, temperature, ignore_index, sparse_eps, workspace_bytes, backend: as `linear_logps`.
 
     Returns:
-        CoPGOutput(loss, logps, regularized_rewards, log_ratios), float32, with the attributes gemm_units and sparsity.
+        CoPGOutput(loss, logps, regularized_rewards, log_ratios), float32, with the attributes gemm_units, sparsity and
+        entropy.
 
     Raises:
         TypeError, ValueError: as `linear_logps`, `sequence_logps` and `copg_loss`; on a GPU the values of tensors are
@@ -234,12 +243,13 @@ def linear_copg_loss(
     equal = cu_seqlens is None and cu_groups is None
     backend = checks.resolve_backend(backend, hidden_states)
     checks.check_sparse_eps(sparse_eps, hidden_states.dtype, backend)
+    checks.check_return_entropy(return_entropy, sparse_eps)
     workspace = checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend)
     dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
     trains = [
         torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_states, lm_head_weight, bias)
     ]
-    loss, logps, regularized_rewards, log_ratios, *_, gemm_units, statistics = linear_copg_op(
+    loss, logps, regularized_rewards, log_ratios, _, _, _, entropy, *_, gemm_units, statistics = linear_copg_op(
         hidden_states.reshape(-1, hidden_states.shape[-1]),
         lm_head_weight,
         labels.reshape(-1),
@@ -252,6 +262,7 @@ def linear_copg_loss(
         float(beta),
         average_logps,
         trains,
+        return_entropy,
         float(logit_scale),
         None if softcap is None else float(softcap),
         float(temperature),
@@ -261,7 +272,15 @@ def linear_copg_loss(
         backend,
     )
     kept = None if sparse_eps is None else Sparsity(*statistics.unbind())
-    return CoPGOutput.of(loss, logps, regularized_rewards, log_ratios, gemm_units=gemm_units, sparsity=kept)
+    return CoPGOutput.of(
+        loss,
+        logps,
+        regularized_rewards,
+        log_ratios,
+        gemm_units=gemm_units,
+        sparsity=kept,
+        entropy=entropy.view(labels.shape) if return_entropy else None,
+    )
 
 
 class CoPGLoss(nn.Module):
@@ -282,6 +301,7 @@ class CoPGLoss(nn.Module):
         temperature: float = 1.0,
         ignore_index: int = -100,
         sparse_eps: float | None = None,
+        return_entropy: bool = False,
         workspace_bytes: int | None = None,
         backend: str = "auto",
     ) -> None:
@@ -295,6 +315,7 @@ class CoPGLoss(nn.Module):
             temperature=temperature,
             ignore_index=ignore_index,
             sparse_eps=sparse_eps,
+            return_entropy=return_entropy,
             workspace_bytes=workspace_bytes,
             backend=backend,
         )

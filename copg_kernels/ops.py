@@ -169,6 +169,7 @@ def linear_copg_op(
     beta: float,
     average_logps: bool,
     needs: list[bool],
+    entropy: bool,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
@@ -176,7 +177,7 @@ def linear_copg_op(
     sparse_eps: float | None,
     workspace_bytes: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> Contrast, Gradients (empty where not needed), GEMM units, the numbers of Sparsity (3,).
 
     The gradients are computed here, where whole groups have their logits at hand; the backward pass scales them.
@@ -201,6 +202,7 @@ def linear_copg_op(
             sparse_eps=sparse_eps,
             workspace_bytes=workspace_bytes,
             backend=backend,
+            entropy=entropy,
         )
     return *contrast, *gradients, torch.tensor(units), statistics
 
@@ -219,6 +221,7 @@ def _(
     beta,
     average_logps,
     needs,
+    entropy,
     *options,
 ):
     dtype, kept = accumulation_dtype(hidden_states.dtype), kept_dtype(hidden_states.dtype)
@@ -231,7 +234,9 @@ def _(
     )
     units = torch.empty((), dtype=torch.int64, device="cpu")
     loss, statistics = rewards.new_empty((), dtype=dtype), rewards.new_empty((3,))
-    return loss, *per_completion, *_token_outputs(hidden_states), *gradients, units, statistics
+    per_token_logps, lse = _token_outputs(hidden_states)
+    token_entropy = torch.empty_like(per_token_logps) if entropy else lse.new_empty(0)
+    return loss, *per_completion, per_token_logps, lse, token_entropy, *gradients, units, statistics
 
 
 def _linear_copg_setup(ctx, inputs, output):

@@ -14,7 +14,7 @@ from copg_kernels.kernels.contrast import Completions, Contrast
 from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.row_statistics import Partials
-from copg_kernels.linear_logps import linear_logps
+from copg_kernels.linear_logps import linear_logps, linear_logps_and_entropy
 from copg_kernels.ops import on_device, refuse_second_derivative, row_major
 from copg_kernels.schedules import closed_groups, recompute
 from copg_kernels.schedules.chunks import Batch, Chunk, capturing, chunks_of
@@ -45,6 +45,7 @@ def linear_sequence_loss(
     temperature: float = 1.0,
     ignore_index: int = -100,
     sparse_eps: float | None = None,
+    return_entropy: bool = False,
     workspace_bytes: int | None = None,
     backend: str = "auto",
 ) -> CoPGOutput:
@@ -64,7 +65,8 @@ def linear_sequence_loss(
         The others: as in `linear_copg_loss`.
 
     Returns:
-        CoPGOutput(loss, logps, regularized_rewards, log_ratios) with the attribute gemm_units; all but loss detached.
+        CoPGOutput(loss, logps, regularized_rewards, log_ratios) with the attributes gemm_units, sparsity and entropy;
+        all but loss detached.
 
     Raises:
         TypeError, ValueError: as `linear_copg_loss`, and what `loss` raises.
@@ -78,6 +80,7 @@ def linear_sequence_loss(
     group_edges = checks.group_boundaries(num_sequences, group_size, cu_groups, hidden_states.device)
     backend = checks.resolve_backend(backend, hidden_states)
     checks.check_sparse_eps(sparse_eps, hidden_states.dtype, backend)
+    checks.check_return_entropy(return_entropy, sparse_eps)
     workspace = checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend)
     ref_logps, rewards = ref_logps.detach(), rewards.detach()
 
@@ -103,22 +106,24 @@ def linear_sequence_loss(
         head = Head(lm_head_weight.detach(), None if bias is None else bias.detach(), logit_scale, softcap, temperature)
         tokens = (hidden_states.detach().reshape(-1, hidden_states.shape[-1]), labels.reshape(-1))
         batch = Batch(tokens[0], head, tokens[1], completions, ignore_index)
-        output = _in_closed_groups(batch, inputs, recompute.Needs(*trains), value_of, workspace, backend)
+        entropy_shape = labels.shape if return_entropy else None
+        output = _in_closed_groups(batch, inputs, recompute.Needs(*trains), value_of, workspace, backend, entropy_shape)
         if output is not None:
             return output
-    per_token_logps = linear_logps(
-        hidden_states,
-        lm_head_weight,
-        labels,
+    options: dict[str, Any] = dict(
         bias=bias,
         logit_scale=logit_scale,
         softcap=softcap,
         temperature=temperature,
         ignore_index=ignore_index,
-        sparse_eps=sparse_eps,
         workspace_bytes=workspace,
         backend=backend,
     )
+    entropy = None
+    if return_entropy:
+        per_token_logps, entropy = linear_logps_and_entropy(hidden_states, lm_head_weight, labels, **options)
+    else:
+        per_token_logps = linear_logps(hidden_states, lm_head_weight, labels, sparse_eps=sparse_eps, **options)
     logps = sequence_logps(
         per_token_logps, labels, cu_seqlens=cu_seqlens, average=average_logps, ignore_index=ignore_index
     )
@@ -127,7 +132,7 @@ def linear_sequence_loss(
     sparsity = getattr(per_token_logps, "sparsity", None)
     if sparsity is not None:
         units = 1
-    return _output(value_of(logps), logps.detach(), ref_logps, rewards, beta, units, sparsity)
+    return _output(value_of(logps), logps.detach(), ref_logps, rewards, beta, units, sparsity, entropy)
 
 
 def _in_closed_groups(
@@ -137,8 +142,12 @@ def _in_closed_groups(
     value_of: Callable[[Tensor], Tensor],
     workspace_bytes: int,
     backend: str,
+    entropy_shape: torch.Size | None,
 ) -> CoPGOutput | None:
-    """Loss and gradients from one computation of the logits; None where a group's do not fit the workspace."""
+    """Loss and gradients from one computation of the logits; None where a group's do not fit the workspace.
+
+    entropy_shape is that of the labels, or None where no entropy is wanted.
+    """
     completions = batch.completions
     checks.require_batch(batch.labels, batch.head.weight.shape[0], batch.ignore_index, completions)
     options: dict[str, Any] = dict(workspace_bytes=workspace_bytes, backend=backend)
@@ -153,7 +162,8 @@ def _in_closed_groups(
         # A chunk's coefficients are taken from the loss of all completions, those to come still at the reference.
         logps = completions.ref_logps.clone()
         contrast = _contrast(batch, logps, chunks, value_of, tile_ops(backend).contrast_fwd)
-        contrasted, gradients, _ = closed_groups.in_chunks(batch, chunks, needs, contrast, backend)
+        entropy = entropy_shape is not None
+        contrasted, gradients, _ = closed_groups.in_chunks(batch, chunks, needs, contrast, backend, entropy=entropy)
         value, dlogps = _derivative(value_of, logps)
         units = 1 + needs.hidden_states + needs.weight
         if len(chunks) > 1 and not _agree(contrasted.coefficients, dlogps, batch):
@@ -162,7 +172,9 @@ def _in_closed_groups(
             units *= 2
     wanted = [(x, gradient) for x, gradient, need in zip(inputs, gradients, needs, strict=True) if need]
     value = _KnownGradients.apply(value, [gradient for _, gradient in wanted], *(x for x, _ in wanted))
-    return _output(value, logps, completions.ref_logps, completions.rewards, completions.beta, units)
+    token_entropy = None if entropy_shape is None else contrasted.entropy.view(entropy_shape)
+    numbers = (completions.ref_logps, completions.rewards, completions.beta)
+    return _output(value, logps, *numbers, units, entropy=token_entropy)
 
 
 def _contrast(
@@ -232,9 +244,9 @@ def _output(
     beta: float,
     units: int,
     sparsity: Sparsity | None = None,
+    entropy: Tensor | None = None,
 ) -> CoPGOutput:
     log_ratios = logps - ref_logps.to(logps.dtype)
     regularized_rewards = rewards.to(logps.dtype) - beta * log_ratios
-    return CoPGOutput.of(
-        value, logps, regularized_rewards, log_ratios, gemm_units=torch.tensor(units), sparsity=sparsity
-    )
+    fields = (value, logps, regularized_rewards, log_ratios)
+    return CoPGOutput.of(*fields, gemm_units=torch.tensor(units), sparsity=sparsity, entropy=entropy)

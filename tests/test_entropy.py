@@ -1,11 +1,23 @@
 """Entropy beside the log-probabilities: from the same logits, and without disturbing a bit of them."""
 
+from collections.abc import Sequence
+from functools import partial
+
 import pytest
 import torch
 
-from copg_kernels import linear_logps, linear_logps_and_entropy
+from copg_kernels import (
+    CoPGLoss,
+    linear_copg_loss,
+    linear_logps,
+    linear_logps_and_entropy,
+    linear_sequence_loss,
+    losses,
+)
+from copg_kernels.kernels.contrast import Completions
 from copg_kernels.kernels.head import Head
-from copg_kernels.schedules import forward, frozen_head
+from copg_kernels.schedules import closed_groups, forward, frozen_head, recompute
+from copg_kernels.schedules.chunks import Batch
 from tests.conftest import DEVICE, KERNEL_DTYPES
 from tests.test_work import MatmulFlops
 
@@ -110,6 +122,120 @@ def test_no_product_more():
                 schedule(hidden_states, Head(weight, None, 1.0, None, 1.0), labels, **options, entropy=entropy)
             flops.append(counter.flops)
         assert flops[0] == flops[1] > 0
+
+
+# Of the fused losses
+
+N, L = 8, 5
+FUSED = {
+    "copg": linear_copg_loss,
+    "any loss": partial(linear_sequence_loss, loss=losses.rloo_loss),
+    "not over groups": partial(linear_sequence_loss, loss=lambda logps, *_, **options: logps.mean() ** 2),
+}
+TRAINS = {"all": ["hidden_states", "lm_head_weight"], "hidden states": ["hidden_states"], "nothing": []}
+# (workspace_bytes, group_size): 45 kB hold 32 tokens or more of the 40
+SCHEDULES = {"one chunk": (2**20, 2), "chunks": (45_000, 2), "group beyond the workspace": (45_000, 8)}
+
+
+def batch(dtype=torch.float32, trains: Sequence[str] = TRAINS["all"]) -> dict:
+    labels = torch.randint(V, (N, L), device=DEVICE)
+    labels[::3, 3:] = -100
+    tensors = dict(
+        hidden_states=(3 * torch.randn(N, L, H, device=DEVICE)).to(dtype),
+        lm_head_weight=(torch.randn(V, H, device=DEVICE) / H**0.5).to(dtype),
+    )
+    leaves = {name: x.requires_grad_(name in trains) for name, x in tensors.items()}
+    return leaves | dict(labels=labels, ref_logps=-torch.rand(N, device=DEVICE), rewards=torch.randn(N, device=DEVICE))
+
+
+def everything(output, inputs: dict) -> list[torch.Tensor]:
+    """All fields, the work and the gradients."""
+    leaves = [x for x in inputs.values() if x.requires_grad]
+    return [*output, output.gemm_units, *(torch.autograd.grad(output.loss, leaves) if leaves else [])]
+
+
+@pytest.mark.parametrize(
+    ("loss", "trains", "schedule", "units"),
+    [
+        ("copg", "all", "one chunk", 3),
+        ("copg", "all", "chunks", 3),
+        ("copg", "all", "group beyond the workspace", 4),
+        ("copg", "hidden states", "chunks", 2),
+        ("copg", "hidden states", "group beyond the workspace", 2),
+        ("copg", "nothing", "chunks", 1),
+        ("any loss", "all", "chunks", 3),
+        ("any loss", "all", "group beyond the workspace", 4),
+        ("any loss", "hidden states", "one chunk", 2),
+        ("any loss", "nothing", "chunks", 1),
+        ("not over groups", "all", "chunks", 6),
+    ],
+)
+def test_entropy_of_a_fused_loss(loss, trains, schedule, units, backend):
+    """In every schedule: right, and nothing else changes by a bit."""
+    workspace_bytes, group_size = SCHEDULES[schedule]
+    inputs = batch(trains=TRAINS[trains])
+    head = dict(logit_scale=0.8, softcap=6.0, temperature=1.25)
+    options = dict(beta=0.3, group_size=group_size, workspace_bytes=workspace_bytes, backend=backend, **head)
+    output, plain = FUSED[loss](**inputs, **options, return_entropy=True), FUSED[loss](**inputs, **options)
+    assert output.gemm_units == units and plain.entropy is None and not output.entropy.requires_grad
+    operands = (inputs["hidden_states"], inputs["lm_head_weight"], inputs["labels"])
+    expected = entropy_of(*operands, **head).float().detach()
+    assert output.entropy.shape == (N, L) and expected.max() > 2
+    torch.testing.assert_close(output.entropy, expected, rtol=2e-5, atol=2e-6)
+    pairs = zip(everything(output, inputs), everything(plain, inputs), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_entropy_of_packed_float16_completions(backend):
+    inputs = batch(torch.float16)
+    inputs["hidden_states"] = inputs["hidden_states"].detach().view(N * L, H).requires_grad_()
+    inputs["labels"] = inputs["labels"].view(-1)
+    packed = dict(cu_seqlens=torch.tensor([0, 4, 5, 13, 17, 24, 30, 31, 40], dtype=torch.int32, device=DEVICE))
+    expected = entropy_of(inputs["hidden_states"], inputs["lm_head_weight"], inputs["labels"]).float().detach()
+    for loss in FUSED.values():
+        output = loss(**inputs, **packed, beta=0.3, backend=backend, return_entropy=True)
+        torch.testing.assert_close(output.entropy, expected, rtol=2e-5, atol=2e-6)
+
+
+def test_entropy_of_the_module(backend):
+    inputs = batch()
+    module = CoPGLoss(beta=0.3, backend=backend, return_entropy=True)
+    output = module(inputs.pop("lm_head_weight"), *inputs.values())
+    assert output.entropy.shape == (N, L) and (output.entropy[0, 3:] == 0).all()
+
+
+@pytest.mark.parametrize("loss", FUSED)
+def test_entropy_of_a_sparse_softmax_is_refused(loss):
+    with pytest.raises(ValueError, match=r"return_entropy needs sparse_eps = None, got 0\.001"):
+        FUSED[loss](**batch(), beta=0.3, sparse_eps=1e-3, return_entropy=True)
+    with pytest.raises(TypeError, match="return_entropy must be a bool, got int"):
+        FUSED[loss](**batch(), beta=0.3, return_entropy=1)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("trains", [(True, True, False), (True, False, False), (False, False, False)])
+def test_no_product_more_in_a_fused_loss(trains, schedule):
+    workspace_bytes, group_size = SCHEDULES[schedule]
+    hidden_states, weight, labels, ref_logps, rewards = (x.detach() for x in batch().values())
+    edges = [torch.arange(0, last + 1, step, dtype=torch.int32) for last, step in ((N * L, L), (N, group_size))]
+    completions = Completions(*(x.cpu() for x in edges), ref_logps.cpu(), rewards.cpu(), 0.3, False, N // group_size)
+    head = Head(weight.cpu(), None, 1.0, None, 1.0)
+    tokens = Batch(hidden_states.cpu().view(-1, H), head, labels.cpu().view(-1), completions, -100)
+    flops = []
+    for entropy in (False, True):
+        with MatmulFlops() as counter:
+            options = dict(sparse_eps=None, workspace_bytes=workspace_bytes, backend="torch", entropy=entropy)
+            closed_groups.copg(tokens, recompute.Needs(*trains), **options)
+        flops.append(counter.flops)
+    assert flops[0] == flops[1] > 0
+
+
+@pytest.mark.parametrize("loss", ["copg", "any loss"])
+def test_a_fused_loss_compiles_without_a_break(loss, backend):
+    inputs = batch()
+    function = partial(FUSED[loss], beta=0.3, backend=backend, return_entropy=True)
+    compiled = torch.compile(lambda: function(**inputs).entropy, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(), function(**inputs).entropy)
 
 
 def test_compiles_without_a_break(backend):

@@ -66,7 +66,7 @@ def test_a_number_that_is_read_is_noticed(launches):
 @pytest.mark.parametrize("average", [False, True], ids=["sum", "mean"])
 def test_the_fused_loss(launches, frozen_head, sparse_eps, average, workspace):
     needs = [True, not frozen_head, not frozen_head]
-    options = (0.3, average, needs, 0.9, 8.0, 1.25, -100, sparse_eps, WORKSPACES[workspace], "triton")
+    options = (0.3, average, needs, not sparse_eps, 0.9, 8.0, 1.25, -100, sparse_eps, WORKSPACES[workspace], "triton")
     with FakeTensorMode():
         # The function behind the operator, which itself would be satisfied with the shapes of its results.
         linear_copg_op._init_fn(*operands(), *completions(), [T // N, 2], *options)

@@ -45,12 +45,11 @@ def test_opcheck(with_bias, backend):
     head = (0.9, 8.0, 1.25, -100, 2**20, backend)
     torch.library.opcheck(linear_logps_op, (*operands(with_bias), False, with_bias, *head))
     fused_head = (0.9, 8.0, 1.25, -100, None, 2**20, backend)
-    torch.library.opcheck(
-        linear_copg_op, (*operands(with_bias), *completions(), [], 0.3, True, [True, True, with_bias], *fused_head)
-    )
+    needs = [True, True, with_bias]
+    arguments = (*operands(with_bias), *completions(), [], 0.3, True, needs, with_bias, *fused_head)
+    torch.library.opcheck(linear_copg_op, arguments)
     hidden_states, weight, labels, bias = (None if x is None else x.detach() for x in operands(with_bias))
     logps, lse, _, _ = linear_logps_op(hidden_states, weight, labels, bias, False, False, *head)
-    needs = [True, True, with_bias]
     arguments = (torch.randn(T, device=DEVICE), hidden_states, weight, labels, bias, logps, lse, needs, *head)
     torch.library.opcheck(linear_logps_bwd_op, arguments)
 

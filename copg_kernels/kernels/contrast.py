@@ -20,6 +20,7 @@ from copg_kernels.kernels.language import jit, tl
 from copg_kernels.kernels.merge_splits import merge_splits, merge_splits_fwd_torch
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.row_statistics import Partials
+from copg_kernels.kernels.token_entropy import token_entropy_fwd, token_entropy_fwd_torch
 
 BLOCK_T = 256
 BLOCK_K = 32
@@ -50,6 +51,7 @@ class Contrast(NamedTuple):
     coefficients: Tensor  # (N,), dloss / dlogp of each token
     per_token_logps: Tensor  # (T,)
     lse: Tensor  # (2, T), with what its rounding left
+    entropy: Tensor  # (T,), empty where the partials have no weighted sums
 
 
 @jit
@@ -165,6 +167,7 @@ def contrast_fwd(partials: Partials, rows: PackedRows, completions: Completions)
         coefficients,
         per_token_logps,
         lse,
+        new((0,)) if partials.weighted is None else token_entropy_fwd(partials, rows, per_token_logps),
     )
 
 
@@ -194,6 +197,7 @@ def contrast_fwd_torch(partials: Partials, rows: PackedRows, completions: Comple
         coefficients.to(logps.dtype),
         per_token_logps,
         lse,
+        lse.new_empty(0) if partials.weighted is None else token_entropy_fwd_torch(partials, rows, per_token_logps),
     )
 
 

@@ -46,9 +46,17 @@ from copg_kernels.schedules.workspace import kept_elements
 
 
 def copg(
-    batch: Batch, needs: Needs, *, sparse_eps: float | None, workspace_bytes: int, backend: str
+    batch: Batch,
+    needs: Needs,
+    *,
+    sparse_eps: float | None,
+    workspace_bytes: int,
+    backend: str,
+    entropy: bool = False,
 ) -> tuple[Contrast, Gradients, int, Tensor]:
     """Contrast, gradients in `kept_dtype` (empty where not needed), the units of GEMM work they take, statistics (3,).
+
+    entropy only of an exact softmax.
 
     A group whose logits exceed the workspace takes the whole batch another way: with a frozen head the derivatives of
     the log-probs wait for their coefficients, with a trainable one the logits are computed again.
@@ -56,14 +64,14 @@ def copg(
     options: dict[str, Any] = dict(workspace_bytes=workspace_bytes, backend=backend)
     statistics = batch.completions.rewards.new_zeros(3)
     if not any(needs):
-        return forward.copg(*batch, **options), _empty_gradients(batch, needs), 1, statistics
+        return forward.copg(*batch, **options, entropy=entropy), _empty_gradients(batch, needs), 1, statistics
     if sparse_eps is not None:
         found = _sparse(batch, needs, sparse_eps, **options)
         if found is not None:
             contrast, gradients, statistics = found
             return contrast, Gradients(*(g.to(kept_dtype(batch.hidden_states.dtype)) for g in gradients)), 1, statistics
         statistics[2] = 1
-    return *_exact(batch, needs, **options), statistics
+    return *_exact(batch, needs, **options, entropy=entropy), statistics
 
 
 def _sparse(
@@ -77,18 +85,21 @@ def _sparse(
     return in_chunks(batch, chunks, needs, tile_ops(backend).contrast_fwd, backend, sparse_eps)
 
 
-def _exact(batch: Batch, needs: Needs, *, workspace_bytes: int, backend: str) -> tuple[Contrast, Gradients, int]:
+def _exact(
+    batch: Batch, needs: Needs, *, workspace_bytes: int, backend: str, entropy: bool
+) -> tuple[Contrast, Gradients, int]:
     options: dict[str, Any] = dict(workspace_bytes=workspace_bytes, backend=backend)
     units = 1 + needs.hidden_states + needs.weight
     chunks = chunks_of(batch, needs, **options)
     if chunks is not None:
-        contrast, gradients, _ = in_chunks(batch, chunks, needs, tile_ops(backend).contrast_fwd, backend)
+        contrast_fwd = tile_ops(backend).contrast_fwd
+        contrast, gradients, _ = in_chunks(batch, chunks, needs, contrast_fwd, backend, entropy=entropy)
         return contrast, gradients, units
     if not (needs.weight or needs.bias) and can_keep_tiles(batch.hidden_states.dtype, backend):
-        contrast, u = frozen_head.copg(*batch, **options)
+        contrast, u = frozen_head.copg(*batch, **options, entropy=entropy)
         gradients = _empty_gradients(batch, needs)
         return contrast, gradients._replace(hidden_states=scaled_slopes(u, contrast, batch)), units
-    contrast = forward.copg(*batch, **options)
+    contrast = forward.copg(*batch, **options, entropy=entropy)
     return contrast, recomputed(batch, contrast, needs, **options), 1 + units
 
 
@@ -99,6 +110,8 @@ def in_chunks(
     contrast: Callable[[Partials, PackedRows, Completions], Contrast],
     backend: str,
     sparse_eps: float | None = None,
+    *,
+    entropy: bool = False,
 ) -> tuple[Contrast, Gradients, Tensor]:
     """Outputs of the contrast and gradients of its loss, in `kept_dtype`, a chunk at a time; statistics (3,).
 
@@ -114,9 +127,9 @@ def in_chunks(
     for index, chunk in enumerate(chunks):
         part = batch_of(chunk, batch)
         packed, rows = counted_rows(part.hidden_states, part.labels, part.ignore_index, backend)
-        partials, tiles = ops.exp_tiles(packed, head, rows, workspace)
+        partials, tiles = ops.exp_tiles(packed, head, rows, workspace, entropy=entropy)
         contrasts.append(contrast(partials, rows, part.completions))
-        _, _, _, _, coefficients, per_token_logps, lse = contrasts[-1]
+        coefficients, per_token_logps, lse, _ = contrasts[-1][4:]
         slices = ops.place_labels(tiles, packed, head, rows, per_token_logps, lse)
         scale = of_tokens(coefficients, part).index_select(0, rows.row_index) * -head.slope
         if sparse_eps is None:

@@ -38,9 +38,10 @@ def copg(
     *,
     workspace_bytes: int,
     backend: str,
+    entropy: bool = False,
 ) -> Contrast:
     """(T, H), (T,), completions -> loss, per-completion outputs, and what the backward pass needs."""
     ops = tile_ops(backend)
     hidden_states, rows = counted_rows(hidden_states, labels, ignore_index, backend)
-    partials = ops.linear_logps_fwd(hidden_states, head, rows, workspace_bytes)
+    partials = ops.linear_logps_fwd(hidden_states, head, rows, workspace_bytes, entropy=entropy)
     return ops.contrast_fwd(partials, rows, completions)

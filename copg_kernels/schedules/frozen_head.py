@@ -66,11 +66,12 @@ def copg(
     *,
     workspace_bytes: int,
     backend: str,
+    entropy: bool = False,
 ) -> tuple[Contrast, Tensor]:
     """Contrast of groups that may lie in many chunks, and u (T, H), which the coefficients then scale."""
     u = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
     partials, rows = [], []
-    for chunk in _chunks(hidden_states, head, labels, ignore_index, workspace_bytes, backend):
+    for chunk in _chunks(hidden_states, head, labels, ignore_index, workspace_bytes, backend, entropy):
         partials.append(chunk.partials)
         rows.append(chunk.rows)
         u[chunk.tokens] = chunk.u
