@@ -19,6 +19,7 @@ What is the paper's algorithm (arXiv 2406.19185), and what is not:
     python train/run.py --model DIR --lora-rank 16 --data mine.jsonl --out runs/mine
     python train/run.py --model DIR --data prompts.jsonl --reward mine:reward --loss rloo --out runs/online
     python train/run.py ... --out runs/mine --resume
+    torchrun --nproc-per-node 8 train/run.py ... --parallel fsdp
 
 `mine.jsonl` holds a line {"prompt": "...", "completions": ["...", "..."], "rewards": [1.0, 0.2]} per prompt; parquet
 with these columns will do. With `--reward module:function` training is online: each step samples `--group-size`
