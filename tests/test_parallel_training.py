@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import copg_kernels
 from copg_kernels import linear_copg_loss, linear_logps, parallel, sequence_logps
-from copg_kernels.parallel import gathered, parallel_copg_loss, parallel_linear_logps
+from copg_kernels.parallel import gather_rows, gathered, parallel_copg_loss, parallel_linear_logps
 from copg_kernels.reference import copg_coefficients_ref, copg_loss_ref
 from tests.numerics import relative_error
 from tests.ranks import Ranks
@@ -245,10 +245,37 @@ def test_gathered_refuses(ranks):
         gathered([1.0])
 
 
+def weighted_rows(group, rows, num_rows):
+    """The rows of all ranks, and the gradient of one's own where row i of all counts i times."""
+    rank = dist.get_rank(group)
+    own = rows.split(num_rows)[rank].requires_grad_()
+    gathered_rows = gather_rows(own, num_rows, group=group)
+    (gathered_rows * torch.arange(len(rows))[:, None]).sum().backward()
+    return gathered_rows.detach(), own.grad
+
+
+@pytest.mark.parametrize("num_rows", [[2, 2, 2], [0, 5, 1], [6, 0, 0]], ids=str)
+def test_gathered_rows_are_all_rows_and_the_gradient_is_of_ones_own(ranks, num_rows):
+    rows = torch.randn(6, 3)
+    results = ranks.run(weighted_rows, rows, num_rows, size=3)
+    assert all(torch.equal(all_rows, rows) for all_rows, _ in results)
+    assert torch.equal(torch.cat([gradient for _, gradient in results]), torch.arange(6.0)[:, None].expand(6, 3))
+
+
+def gather_other_numbers(group, num_rows):
+    gather_rows(torch.zeros(2, 3), num_rows, group=group)
+
+
+@pytest.mark.parametrize("num_rows", [[2], [2, 2, 2], [1, 1]], ids=str)
+def test_gather_rows_refuses_other_numbers(ranks, num_rows):
+    errors = ranks.errors(gather_other_numbers, num_rows, size=2)
+    assert_all_match(errors, r"ValueError: num_rows must have a number for each of 2 ranks, and 2 for rank \d, got")
+
+
 # The recipes of docs/scaling.md
 
 RECIPES = re.findall(r"^```python\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)
-SAME_BATCH, SPREAD, IN_FORWARD, GATHERED = range(4)
+SAME_BATCH, SPREAD, ROWS, IN_FORWARD, GATHERED = range(5)
 
 
 def run_recipe(group, number, policy, batch):
@@ -264,7 +291,7 @@ def run_recipe(group, number, policy, batch):
     return scope["loss"].item(), gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
-@pytest.mark.parametrize("number", [SAME_BATCH, SPREAD, IN_FORWARD, GATHERED])
+@pytest.mark.parametrize("number", range(len(RECIPES)))
 def test_recipes(ranks, number):
     policy, batch = Policy(tied=False).double(), batch_of(6 if number == SPREAD else 8)
     losses, gradients = zip(*ranks.run(run_recipe, number, policy, batch, size=2), strict=True)
@@ -274,7 +301,7 @@ def test_recipes(ranks, number):
     assert abs(sum(losses) / 2 - loss.item()) < 1e-12 * abs(loss.item())
     if number == SAME_BATCH:
         assert relative_error(torch.cat(gradients), gold) < 1e-12
-    elif number == SPREAD:
+    elif number in (SPREAD, ROWS):
         assert relative_error(sum(gradients) / 2, gold) < 1e-12
     else:
         assert all(relative_error(gradient, gold) < 1e-12 for gradient in gradients)

@@ -102,7 +102,7 @@ def test_unpadded_rows_by_hand():
     batch = unpadded(pack(groups, 0, torch.device("cpu")))
     assert batch.input_ids.tolist() == [[5, 6, 7, 1, 5, 6, 8, 9, 2, 3, 1, 9, 4]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 0, 1]]
-    assert batch.attention_mask is None and num_tokens(batch) == 13
+    assert batch.attention_mask is None and num_tokens(groups) == batch.input_ids.numel()
     # The state in front of a label sits right before it in the row.
     assert torch.equal(batch.input_ids[0][batch.positions + 1], batch.labels)
     assert batch.labels.tolist() == [7, 1, 8, 2, 3, 1, 4] and batch.cu_seqlens.tolist() == [0, 2, 3, 6, 7]

@@ -21,7 +21,7 @@ from tests.tiny_models import (
     step_records,
     write_rows,
 )
-from train import checkpoint, run
+from train import checkpoint, run, step
 from train.batch import Group
 from train.data import Example, read_examples
 from train.online import draw_seed, evaluate_samples, next_groups, sample_statistics
@@ -175,13 +175,13 @@ def test_resume_is_bit_identical(tmp_path, model, prompts, flags):
 
 def test_the_baseline_is_the_mean_of_earlier_rewards(tmp_path, model, prompts, monkeypatch):
     baselines = []
-    step_loss = run.step_loss
+    step_loss = step.step_loss
 
     def recorded(config, batch, baseline):
         baselines.append(baseline)
         return step_loss(config, batch, baseline)
 
-    monkeypatch.setattr(run, "step_loss", recorded)
+    monkeypatch.setattr(step, "step_loss", recorded)
     run.main(online(model, prompts, tmp_path / "out", "--steps", "3", "--loss", "reinforce"))
     rewards = [record["reward"] for record in step_records(tmp_path / "out")]
     assert baselines == pytest.approx([rewards[0], rewards[0], (rewards[0] + rewards[1]) / 2])

@@ -89,12 +89,12 @@ def pack(groups: Sequence[Group], pad_id: int, device: torch.device) -> Batch:
         attention_mask=(torch.arange(max_length) < lengths[:, None]).long().to(device),
         positions=torch.cat(positions).to(device),
         labels=torch.tensor([token for _, ids in pairs for token in ids], device=device),
-        cu_seqlens=_bounds([len(completion) for _, completion in pairs], device),
+        cu_seqlens=bounds([len(completion) for _, completion in pairs], device),
         rewards=torch.tensor([r for group in groups for r in group.rewards], device=device),
         ref_logps=torch.tensor([logp for group in groups for logp in group.ref_logps], device=device),
         old_logps=torch.tensor([logp for group in groups for logp in group.old_logps], device=device),
         group_sizes=sizes,
-        cu_groups=_bounds(sizes, device) if len(set(sizes)) > 1 else None,
+        cu_groups=bounds(sizes, device) if len(set(sizes)) > 1 else None,
     )
 
 
@@ -116,9 +116,13 @@ def unpadded(batch: Batch) -> Batch:
     )
 
 
-def num_tokens(batch: Batch) -> int:
-    """Prompts and completions, without padding."""
-    return batch.input_ids.numel() if batch.attention_mask is None else int(batch.attention_mask.sum())
+def num_completions(groups: Sequence[Group]) -> int:
+    return sum(len(group.completion_ids) for group in groups)
+
+
+def num_tokens(groups: Sequence[Group]) -> int:
+    """Prompts and completions, without padding; a prompt counts with each of its completions."""
+    return sum(len(group.prompt_ids) + len(ids) for group in groups for ids in group.completion_ids)
 
 
 def singles(groups: Sequence[Group]) -> list[Group]:
@@ -147,5 +151,6 @@ def split_heldout(groups: list[Group], heldout: int, seed: int) -> tuple[list[Gr
     return shuffled[num_heldout:], shuffled[:num_heldout]
 
 
-def _bounds(sizes: Sequence[int], device: torch.device) -> Tensor:
+def bounds(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """(len(sizes) + 1,) int32, where consecutive parts of these sizes begin and end."""
     return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device)

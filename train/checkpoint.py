@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 # Of state.pt and of what lies beside it.
 FORMAT = 2
@@ -28,7 +29,9 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("step-*"))
 
 
-def save_checkpoint(run_dir: Path, model: Any, tokenizer: Any, state: dict) -> Path:
+def save_checkpoint(
+    run_dir: Path, model: Any, tokenizer: Any, state: dict, weights: dict[str, Tensor] | None = None
+) -> Path:
     """Writes the checkpoint of state["step"] and removes older ones; OSError, with these intact, where that fails."""
     final = run_dir / "checkpoints" / f"step-{state['step']:08d}"
     if final.exists():
@@ -36,7 +39,7 @@ def save_checkpoint(run_dir: Path, model: Any, tokenizer: Any, state: dict) -> P
     older = checkpoints(run_dir)
     try:
         with atomic_folder(final) as folder:
-            save_model(folder, model, tokenizer)
+            save_model(folder, model, tokenizer, weights)
             torch.save(state | {"format": FORMAT}, folder / "state.pt")
     # A full disk is a RuntimeError to torch.save and a SafetensorError to safetensors.
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -48,8 +51,9 @@ def save_checkpoint(run_dir: Path, model: Any, tokenizer: Any, state: dict) -> P
     return final
 
 
-def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    model.save_pretrained(folder)
+def save_model(folder: Path, model: Any, tokenizer: Any, weights: dict[str, Tensor] | None = None) -> None:
+    """The model with its own weights, or with these, where its own are shards."""
+    model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
     tokenizer.save_pretrained(folder)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 # What may change between a run and its continuation without changing the steps already taken.
 FREE_TO_CHANGE = frozenset(
-    "out resume steps checkpoint_every eval_every check cache_dir tensorboard save_merged".split()
+    "out resume steps checkpoint_every eval_every check cache_dir tensorboard save_merged "
+    "parallel vocab_parallel rank_timeout".split()
 )
 LOSSES = ("copg", "ipo", "dpo", "rloo", "reinforce", "raft", "ppo", "rebel")
 # Defaults that a trained model changes: no warm-up from scratch, longer texts, smaller steps.
@@ -70,6 +71,11 @@ class Config:
     reward: str = option("", "module:function that scores samples of the policy; data then need prompts only")
     sync_every: int = option(1, "steps between samplings; the samples are those of the policy at that step")
 
+    # Several processes, as torchrun starts them; the batch is shared out among them.
+    parallel: str = option("ddp", "what a process holds: ddp all weights, fsdp its shard of them", ("ddp", "fsdp"))
+    vocab_parallel: bool = option(False, "share the head's product out by vocabulary instead of by completions")
+    rank_timeout: int = option(600, "seconds that processes wait for one another before they give up")
+
     # The run.
     impl: str = option("fused", "head and loss of the training step", ("fused", "reference"))
     sparse_eps: float = option(0.0, "gradients from softmax entries of at least this; 0 for exact ones")
@@ -89,7 +95,8 @@ class Config:
 
 POSITIVE = (
     "num_prompts group_size heldout_prompts max_prompt_tokens max_completion_tokens vocab_size hidden_size "
-    "num_layers num_heads lora_alpha sft_lr steps prompts_per_step beta lr max_grad_norm sync_every checkpoint_every"
+    "num_layers num_heads lora_alpha sft_lr steps prompts_per_step beta lr max_grad_norm sync_every checkpoint_every "
+    "rank_timeout"
 ).split()
 NOT_NEGATIVE = "lora_rank sft_steps micro_batch lr_warmup_steps weight_decay seed eval_every".split()
 
@@ -138,6 +145,12 @@ def _validate_combinations(config: Config) -> None:
         ),
         "--micro-batch and --sparse-eps exclude each other: the two passes are exact": (
             config.micro_batch and config.sparse_eps
+        ),
+        "--vocab-parallel and --sparse-eps exclude each other: sparse gradients need whole rows of logits": (
+            config.vocab_parallel and config.sparse_eps
+        ),
+        "--vocab-parallel and --impl reference exclude each other: the reference has the whole vocabulary": (
+            config.vocab_parallel and config.impl == "reference"
         ),
     }
     for message, refused in refusals.items():

@@ -9,11 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
+import torch
+from torch import nn
+
+from train import ranks
 from train.batch import Group, step_indices
 from train.model import autocast
 from train.pretrained import without_wrapper
 from train.sampling import sample_completions
 from train.scoring import score
+from train.spread import is_sharded
 from train.state import DTYPES, Run, device_of, policy_logps, reference_logps
 
 # Streams of draws that share a seed: no two of them are the same in the first hundred million steps.
@@ -35,29 +40,47 @@ def next_groups(run: Run) -> list[Group]:
 
 
 def draw_seed(seed: int, step: int, stream: int) -> int:
-    return (seed * 100_000_000 + step) * STREAMS + stream
+    """The first rank's; the others' lie 2 ** 48 apart."""
+    return (seed * 100_000_000 + step) * STREAMS + stream + (ranks.rank() << 48)
 
 
 def sampled_groups(run: Run, prompts: Sequence[Group], num_samples: int, seed: int) -> list[Group]:
-    """A group per prompt: samples, rewards, and their log-probs under the sampling and the reference policy."""
-    with autocast(device_of(run.model), DTYPES[run.config.dtype]):
-        completions = sample_completions(
-            without_wrapper(run.model),
-            [prompt.prompt_ids for prompt in prompts],
-            num_samples=num_samples,
-            max_new_tokens=run.config.max_completion_tokens,
-            eos_id=run.tokenizer.eos_token_id,
-            pad_id=run.tokenizer.pad_token_id,
-            seed=seed,
-        )
-    pairs = zip(prompts, completions, strict=True)
-    groups = [Group(prompt.prompt_ids, samples, rewards_of(run, prompt, samples)) for prompt, samples in pairs]
+    """A group per prompt: samples, rewards, and their log-probs under the sampling and the reference policy.
+
+    Each rank samples for its share of the prompts and scores them; all get all groups.
+    """
+    own = ranks.share(prompts)
+    # A rank without any takes part in the gathering of shards.
+    completions = sample(run, own or prompts[:1], num_samples, seed)[: len(own)]
+    pairs = list(zip(own, completions, strict=True))
+    scored = ranks.together(
+        lambda: [Group(prompt.prompt_ids, samples, rewards_of(run, prompt, samples)) for prompt, samples in pairs]
+    )
+    groups = [group for part in ranks.from_all(scored) for group in part]
     old_logps = policy_logps(run, groups).split([num_samples] * len(groups))
     ref_logps = reference_logps(run, groups).split([num_samples] * len(groups))
     return [
         replace(group, old_logps=tuple(old.tolist()), ref_logps=tuple(ref.tolist()))
         for group, old, ref in zip(groups, old_logps, ref_logps, strict=True)
     ]
+
+
+@torch.no_grad()
+def sample(run: Run, prompts: Sequence[Group], num_samples: int, seed: int) -> list[list[list[int]]]:
+    def call(model: nn.Module) -> list[list[list[int]]]:
+        return sample_completions(
+            without_wrapper(model),
+            [prompt.prompt_ids for prompt in prompts],
+            num_samples=num_samples,
+            max_new_tokens=run.config.max_completion_tokens,
+            eos_id=run.tokenizer.eos_token_id,
+            pad_id=run.tokenizer.pad_token_id,
+            seed=seed,
+            in_step=is_sharded(run.policy),
+        )
+
+    with autocast(device_of(run.model), DTYPES[run.config.dtype]):
+        return run.policy(call)
 
 
 def rewards_of(run: Run, prompt: Group, samples: Sequence[Sequence[int]]) -> list[float]:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from train.config import Config
+from train.spread import whole
 from train.state import Run
 
 
@@ -36,4 +37,4 @@ def apply_gradients(run: Run, lr: float) -> float:
         group["lr"] = lr
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    return grad_norm.item()
+    return whole(grad_norm).item()

@@ -20,8 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from train import ranks
 from train.batch import Group
 from train.pretrained import without_wrapper
+from train.spread import whole
 from train.state import Run, reference_logps, with_ref_logps
 
 
@@ -32,12 +34,13 @@ class CacheError(Exception):
 def set_ref_logps(run: Run) -> None:
     """Gives every group its reference log-probs: the policy's own, before its first step."""
     path, key = cache_file(run)
-    if path is not None and path.exists():
-        train, heldout = read_cache(path, key)
+    cached = None if path is None else ranks.from_first(lambda: read_cache(path, key) if path.exists() else None)
+    if cached is not None:
+        train, heldout = cached
     else:
         train, heldout = _computed(run, run.train_groups), _computed(run, run.heldout_groups)
         if path is not None:
-            write_cache(path, key, train, heldout)
+            ranks.from_first(lambda: write_cache(path, key, train, heldout))
     run.train_groups = with_ref_logps(run.train_groups, train)
     run.heldout_groups = with_ref_logps(run.heldout_groups, heldout)
 
@@ -104,7 +107,7 @@ def weights_digest(model: Any) -> str:
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -114,6 +117,6 @@ def token_digest(groups: Sequence[Group]) -> str:
 
 
 def _computed(run: Run, groups: Sequence[Group]) -> Tensor:
-    size = run.config.prompts_per_step
-    starts = tqdm(range(0, len(groups), size), desc="reference log-probs")
+    size = run.config.prompts_per_step * ranks.size()  # a pass for each rank
+    starts = tqdm(range(0, len(groups), size), desc="reference log-probs", disable=not ranks.is_first())
     return torch.cat([reference_logps(run, groups[start : start + size]) for start in starts]).cpu()

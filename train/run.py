@@ -19,6 +19,7 @@ What is the paper's algorithm (arXiv 2406.19185), and what is not:
     python train/run.py --model DIR --lora-rank 16 --data mine.jsonl --out runs/mine
     python train/run.py --model DIR --data prompts.jsonl --reward mine:reward --loss rloo --out runs/online
     python train/run.py ... --out runs/mine --resume
+    torchrun --nproc-per-node 8 train/run.py ... --parallel fsdp
 
 `mine.jsonl` holds a line {"prompt": "...", "completions": ["...", "..."], "rewards": [1.0, 0.2]} per prompt; parquet
 with these columns will do. With `--reward module:function` training is online: each step samples `--group-size`
@@ -40,11 +41,12 @@ continues bit for bit on a CPU.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -55,21 +57,19 @@ from transformers.utils.logging import disable_progress_bar
 # As a script only this file's folder is on the path; both packages lie one above.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from train.batch import Batch, Group, num_tokens
+from train import ranks
 from train.checkpoint import atomic_folder, checkpoints, save_model
 from train.config import Config, build_parser, parse_config
 from train.log import open_log, open_tensorboard, read_records, versions, write_line, write_scalars
-from train.model import head_operands
-from train.objective import Objective, StepLoss, head_difference, objective, reward_margin, step_loss
-from train.online import evaluate_samples, next_groups, sample_statistics
-from train.optimizer import apply_gradients, learning_rate
+from train.objective import reward_margin
+from train.online import evaluate_samples
 from train.pretrained import merge_adapters, without_wrapper
-from train.process import peak_mib, pick_device, stop_on_signal
+from train.process import pick_device, stop_on_signal
 from train.ref_logps import CacheError
 from train.scoring import RewardError
 from train.start import begin, build_run, load_data, load_state, restore, save_run
-from train.state import DTYPES, Run, device_of, flat_ref_logps, pack_for, policy_logps
-from train.two_pass import backward_in_two_passes
+from train.state import Run, device_of, flat_ref_logps, policy_logps
+from train.step import mean, train_step
 
 # The fused head's gradients against the float64 reference, for fp32 operands: what `--check` accepts.
 CHECK_TOLERANCE = 1e-5
@@ -87,62 +87,6 @@ def heldout_margins(run: Run) -> list[float]:
     return reward_margin(log_ratios, run.heldout_groups)
 
 
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / max(1, len(values))
-
-
-def train_step(run: Run) -> dict[str, float | str]:
-    """One step on the next whole groups, the data's or the policy's own; returns its log record."""
-    config, started = run.config, time.perf_counter()
-    groups = next_groups(run)
-    batch = pack_for(run, groups)
-    rewards = batch.rewards.double()
-    baseline = run.reward_sum / run.reward_count if run.reward_count else rewards.mean().item()
-    loss = step_loss(config, batch, baseline)
-    outcome, checked = backward(run, groups, batch, loss)
-    lr = learning_rate(config, run.step)
-    grad_norm = apply_gradients(run, lr)
-    run.step += 1
-    run.reward_sum, run.reward_count = run.reward_sum + rewards.sum().item(), run.reward_count + len(rewards)
-    samples = {} if run.reward is None else sample_statistics(run, groups)
-    return {
-        "step": run.step,
-        **checked,
-        **outcome.sparsity,
-        **samples,
-        "loss": outcome.loss.item(),
-        "margin": mean(reward_margin(outcome.log_ratios, groups)),
-        # Over the data's completions: the KL divergence only where these were sampled from the policy.
-        "mean_log_ratio": outcome.log_ratios.mean().item(),
-        "grad_norm": grad_norm,
-        "lr": lr,
-        "tokens_per_s": num_tokens(batch) / (time.perf_counter() - started),
-        "peak_mib": peak_mib(device_of(run.model)),
-    }
-
-
-def backward(
-    run: Run, groups: Sequence[Group], batch: Batch, loss: StepLoss
-) -> tuple[Objective, dict[str, float | str]]:
-    """Adds to the gradients, in one pass or in micro-batches; also returns what --check found."""
-    config = run.config
-    checked: dict[str, float | str] = {}
-    if config.micro_batch and batch.rewards.numel() > config.micro_batch:
-        value, logps = backward_in_two_passes(run, groups, loss)
-        return Objective(value, logps - batch.ref_logps, {}), checked
-    hidden_states, head = head_operands(run.model, batch, DTYPES[config.dtype])
-    if config.check:
-        difference = head_difference(run.model, hidden_states, head, batch, loss)
-        checked = {
-            "loss_difference": difference.loss,
-            "gradient_difference": difference.gradient,
-            "worst": difference.parameter,
-        }
-    outcome = objective(config.impl, hidden_states, head, batch, loss, config.sparse_eps)
-    outcome.loss.backward()
-    return outcome, checked
-
-
 def describe(run: Run) -> dict[str, object]:
     """What the log's first line says besides the configuration; printed, too."""
     config, limits = run.config, (run.config.max_prompt_tokens, run.config.max_completion_tokens)
@@ -156,11 +100,12 @@ def describe(run: Run) -> dict[str, object]:
     return {"cut": run.cut, "attention": attention, "trained_parameters": trained}
 
 
-def reporter(log: TextIO, writer: Any) -> Report:
-    """Where records go: the log, and TensorBoard where that is on."""
+def reporter(log: TextIO | None, writer: Any) -> Report:
+    """Where records go: the log, and TensorBoard where that is on; nowhere on other ranks than the first."""
 
     def report(record: dict) -> None:
-        write_line(log, record)
+        if log is not None:
+            write_line(log, record)
         if writer is not None:
             write_scalars(writer, record)
             writer.flush()
@@ -180,9 +125,10 @@ def evaluate(run: Run) -> dict[str, float]:
 def train(run: Run, report: Report) -> None:
     """Steps until config.steps or a signal, with a checkpoint every so often and at the end."""
     config = run.config
-    bar = tqdm(initial=run.step, total=config.steps, desc=config.loss)
+    bar = tqdm(initial=run.step, total=config.steps, desc=config.loss, disable=not ranks.is_first())
     with stop_on_signal() as stop, bar:
-        while run.step < config.steps and not stop.is_set():
+        # A signal may reach ranks at different steps; they stop at the same.
+        while run.step < config.steps and not any(ranks.from_all(stop.is_set())):
             record = train_step(run)
             report(record)
             if config.check:
@@ -222,13 +168,59 @@ def carry_out(run: Run, state: dict | None, report: Report) -> None:
         return
     report({"evaluated_at": run.step} | evaluate(run))
     if config.save_merged:
-        with atomic_folder(out / "merged") as folder:
-            save_model(folder, merge_adapters(run.model), run.tokenizer)
-    print(f"step {run.step} of {config.steps}, {time.perf_counter() - started:.0f} s, {checkpoints(out)[-1]}")
-    evaluations = read_records(out / "log.jsonl", "evaluated_at")
-    for name, value in evaluations[-1].items():
-        if name != "evaluated_at":
-            print(f"{name.replace('_', ' ')}: {evaluations[0][name]:.3f} -> {value:.3f}")
+        ranks.from_first(lambda: save_merged(run))
+    if ranks.is_first():
+        print(f"step {run.step} of {config.steps}, {time.perf_counter() - started:.0f} s, {checkpoints(out)[-1]}")
+        evaluations = read_records(out / "log.jsonl", "evaluated_at")
+        for name, value in evaluations[-1].items():
+            if name != "evaluated_at":
+                print(f"{name.replace('_', ' ')}: {evaluations[0][name]:.3f} -> {value:.3f}")
+
+
+def save_merged(run: Run) -> None:
+    with atomic_folder(Path(run.config.out) / "merged") as folder:
+        save_model(folder, merge_adapters(run.model), run.tokenizer)
+
+
+def open_run(config: Config, device: torch.device) -> tuple[Run, dict | None]:
+    """The run and the state it continues from; ValueError, OSError or RankError where there is none to be had."""
+    out = Path(config.out)
+    if not config.resume and checkpoints(out):
+        raise ValueError(f"--out: {out} holds a run; continue it with --resume or choose another")
+    examples, data_digest = load_data(config)
+    state = load_state(config, data_digest) if config.resume else None
+    return build_run(config, examples, data_digest, device, state), state
+
+
+def log_and_carry_out(run: Run, state: dict | None, writer: Any) -> None:
+    """The first rank keeps the log."""
+    config, out = run.config, Path(run.config.out)
+    header = {"config": asdict(config), "versions": versions(), "device": str(device_of(run.model)), **describe(run)}
+    if not ranks.is_first():
+        carry_out(run, state, reporter(None, None))
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with open_log(out / "log.jsonl", None if state is None else state["step"]) as log:
+        write_line(log, header)
+        carry_out(run, state, reporter(log, writer))
+
+
+def run_on_rank(parser: argparse.ArgumentParser, config: Config, device: torch.device) -> int:
+    try:
+        config = replace(config, out=ranks.from_all(config.out)[0])  # by default it has the time in it
+        run, state = open_run(config, device)
+        writer = None
+        if config.tensorboard and ranks.is_first():
+            writer = open_tensorboard(Path(config.out) / "tensorboard", None if state is None else state["step"])
+    except (ValueError, OSError, ranks.RankError) as error:
+        parser.error(str(error))
+    try:
+        log_and_carry_out(run, state, writer)
+    # From outside this program; the last checkpoint stands.
+    except (RewardError, CacheError, OSError, ranks.RankError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+    return 0 if not config.check or check_verdict(config) else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -236,26 +228,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     disable_progress_bar()  # that of transformers, for every file it reads or writes
     try:
         config = parse_config(parser, argv)
-        device, out = pick_device(config.device), Path(config.out)
-        if not config.resume and checkpoints(out):
-            raise ValueError(f"--out: {out} holds a run; continue it with --resume or choose another")
-        examples, data_digest = load_data(config)
-        state = load_state(config, data_digest) if config.resume else None
-        run = build_run(config, examples, data_digest, device, state)
-        resume_step = None if state is None else state["step"]
-        writer = open_tensorboard(out / "tensorboard", resume_step) if config.tensorboard else None
-    except (ValueError, OSError) as error:
+        device = pick_device(config.device)
+    except ValueError as error:
         parser.error(str(error))
-    header = {"config": asdict(config), "versions": versions(), "device": str(device), **describe(run)}
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with open_log(out / "log.jsonl", resume_step) as log:
-            write_line(log, header)
-            carry_out(run, state, reporter(log, writer))
-    except (RewardError, CacheError, OSError) as error:  # from outside this program; the last checkpoint stands
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
-    return 0 if not config.check or check_verdict(config) else 1
+    with ranks.joined(device, config.rank_timeout), ranks.quiet_but_first():
+        return run_on_rank(parser, config, device)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,12 @@ def sample_completions(
     pad_id: int,
     temperature: float = 1.0,
     seed: int,
+    in_step: bool = False,
 ) -> list[list[list[int]]]:
     """Per prompt its num_samples completions as token ids, with EOS at the end of those that reached it.
 
     The draws depend on the seed, the prompts and the weights alone, and leave the global generators as they were.
+    `in_step` is for a model that ranks gather shard by shard: each of them goes on until the last one is done.
     """
     width, device = max(map(len, prompts)), model.device
     padded = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts])
@@ -40,7 +42,7 @@ def sample_completions(
         use_cache=True,
     )
     with _evaluating(model), _as_generation_config(model, plain), _seeded(seed, device):
-        drawn = model.generate(padded.to(device), attention_mask=mask.to(device))
+        drawn = model.generate(padded.to(device), attention_mask=mask.to(device), synced_gpus=in_step)
     completions = [_until_eos(row, eos_id) for row in drawn[:, width:]]
     return [completions[i : i + num_samples] for i in range(0, len(completions), num_samples)]
 

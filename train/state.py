@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from train import ranks
 from train.batch import Batch, Group, pack, singles, unpadded
 from train.config import Config
 from train.model import head_operands
@@ -25,7 +26,8 @@ class Run:
 
     config: Config
     model: Any  # of transformers, or of peft around it
-    optimizer: torch.optim.Optimizer
+    policy: Any  # the same behind `spread.Policy`, DDP or FSDP2: all passes go through it
+    optimizer: Any  # AdamW, on the policy's parameters
     tokenizer: PreTrainedTokenizerBase
     train_groups: list[Group]
     heldout_groups: list[Group]
@@ -34,7 +36,7 @@ class Run:
     cut: dict[str, int] = field(default_factory=dict)  # prompts and completions that were too long
     is_packed: bool = False  # sequences in one row, for attention that knows their bounds
     reward: RewardFunction | None = None
-    reference: Any = None  # online: the policy before its first step, where adapters cannot be turned off
+    reference: Any = None  # online: the Policy of the model before its first step, where no adapters can be turned off
     base_digest: str = ""  # of the frozen weights below adapters
     sampled: list[list[Group]] = field(default_factory=list)  # online: the groups of steps to come
     reward_sum: float = 0.0  # of the steps taken, for the baseline of REINFORCE
@@ -50,25 +52,33 @@ def pack_for(run: Run, groups: Sequence[Group]) -> Batch:
     return unpadded(batch) if run.is_packed else batch
 
 
-def batches_in_order(run: Run, groups: Sequence[Group]) -> Iterator[Batch]:
+def chunks_of(run: Run, groups: Sequence[Group]) -> list[Sequence[Group]]:
     """The completions of these groups in passes of --micro-batch sequences, or of as many groups as a step has."""
     size = run.config.prompts_per_step
     if run.config.micro_batch:
         groups, size = singles(groups), run.config.micro_batch
-    return (pack_for(run, groups[start : start + size]) for start in range(0, len(groups), size))
+    return [groups[start : start + size] for start in range(0, len(groups), size)]
 
 
-def differentiable_logps(run: Run, batch: Batch, impl: str = "fused", model: nn.Module | None = None) -> Tensor:
-    """(N,) log-probs of the completions under the policy, or under another model."""
-    operands = head_operands(model or run.model, batch, DTYPES[run.config.dtype])
-    return completion_logps(*operands, batch, impl)
+def batches_in_order(run: Run, groups: Sequence[Group]) -> Iterator[Batch]:
+    return (pack_for(run, chunk) for chunk in chunks_of(run, groups))
+
+
+def differentiable_logps(run: Run, batch: Batch, impl: str = "fused", policy: nn.Module | None = None) -> Tensor:
+    """(N,) log-probs of the completions under the policy, or under another one."""
+    dtype = DTYPES[run.config.dtype]
+    return (policy or run.policy)(lambda model: completion_logps(*head_operands(model, batch, dtype), batch, impl))
 
 
 @torch.no_grad()
-def policy_logps(run: Run, groups: Sequence[Group], impl: str = "fused", model: nn.Module | None = None) -> Tensor:
-    """(N,) log-probs of all completions of the groups under the policy as it is now, or under another model."""
-    parts = [differentiable_logps(run, batch, impl, model) for batch in batches_in_order(run, groups)]
-    return torch.cat(parts)
+def policy_logps(run: Run, groups: Sequence[Group], impl: str = "fused", policy: nn.Module | None = None) -> Tensor:
+    """(N,) log-probs of all completions of the groups under the policy as it is now, or under another one.
+
+    Ranks share the passes out, which are the same for any number of ranks; each gets all log-probs.
+    """
+    chunks = chunks_of(run, groups)
+    parts = [differentiable_logps(run, pack_for(run, chunk), impl, policy).cpu() for chunk in ranks.mine(chunks)]
+    return torch.cat(ranks.in_order(parts, len(chunks))).to(device_of(run.model))
 
 
 @torch.no_grad()
@@ -77,7 +87,7 @@ def reference_logps(run: Run, groups: Sequence[Group]) -> Tensor:
     if run.config.lora_rank:
         with run.model.disable_adapter():
             return policy_logps(run, groups)
-    return policy_logps(run, groups, model=run.reference)
+    return policy_logps(run, groups, policy=run.reference)
 
 
 def with_ref_logps(groups: Sequence[Group], ref_logps: Tensor) -> list[Group]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from copg_kernels import linear_logps
+from train import ranks
 from train.batch import Group, step_indices
 from train.model import head_operands
 from train.optimizer import apply_gradients, make_optimizer, warmup_factor
@@ -15,17 +19,30 @@ def supervised_warmup(run: Run) -> None:
     """Steps through the same fused log-probs as training; the optimizer is a new one afterwards."""
     config = run.config
     groups = [best_text(group) for group in run.train_groups] if config.sft_steps else []
-    bar = tqdm(range(config.sft_steps), desc="supervised warm-up", disable=not config.sft_steps)
+    bar = tqdm(range(config.sft_steps), desc="supervised warm-up", disable=not (config.sft_steps and ranks.is_first()))
     for step in bar:
         # Four times the prompts of a training step: about as many sequences as its groups hold.
         indices = step_indices(step, len(groups), 4 * config.prompts_per_step, config.seed)
-        batch = pack_for(run, [groups[i] for i in indices])
-        hidden_states, head = head_operands(run.model, batch, DTYPES[config.dtype])
-        loss = -linear_logps(hidden_states, head.lm_head_weight, batch.labels, **head.options()).mean()
-        loss.backward()
-        apply_gradients(run, config.sft_lr * warmup_factor(config, step))
-        bar.set_postfix(nll=f"{loss.item():.3f}")
+        nll = likelihood_step(run, [groups[i] for i in indices], config.sft_lr * warmup_factor(config, step))
+        bar.set_postfix(nll=f"{nll:.3f}")
     run.optimizer = make_optimizer(config, run.model)
+
+
+def likelihood_step(run: Run, groups: Sequence[Group], lr: float) -> float:
+    """One step on the mean over all tokens of all ranks, which it returns."""
+    batch = pack_for(run, ranks.share(groups))
+
+    def call(model: nn.Module) -> Tensor:
+        hidden_states, head = head_operands(model, batch, DTYPES[run.config.dtype])
+        return -linear_logps(hidden_states, head.lm_head_weight, batch.labels, **head.options()).mean()
+
+    nll = run.policy(call)
+    tokens = sum(len(ids) for group in groups for ids in group.completion_ids)
+    share = len(batch.labels) / tokens
+    # DDP and FSDP2 take the mean over ranks.
+    (nll * (share * ranks.size())).backward()
+    apply_gradients(run, lr)
+    return sum(ranks.from_all(nll.item() * share))
 
 
 def best_text(group: Group) -> Group:

@@ -3,6 +3,7 @@
     parallel_linear_logps    each rank holds some rows of lm_head_weight and computes with these only
     parallel_copg_loss       the completions of one prompt lie on several ranks; a few numbers per completion travel
     gathered                 a head weight that FSDP2 shards, whole for one forward and backward pass
+    gather_rows              hidden states or log-probs of all ranks, with the gradient of one's own
 
 All are collective: every rank of the group calls them, in the same order, in the forward and in the backward pass. What
 ranks must agree on is compared first, so that a wrong call is an error on all of them and not a hang. A rank that dies
@@ -13,5 +14,6 @@ gloo and 10 for NCCL, unless init_process_group or new_group is given another `t
 from copg_kernels.parallel.contrast import parallel_copg_loss
 from copg_kernels.parallel.gather import gathered
 from copg_kernels.parallel.head import parallel_linear_logps, shard_bounds
+from copg_kernels.parallel.rows import gather_rows
 
-__all__ = ["gathered", "parallel_copg_loss", "parallel_linear_logps", "shard_bounds"]
+__all__ = ["gather_rows", "gathered", "parallel_copg_loss", "parallel_linear_logps", "shard_bounds"]

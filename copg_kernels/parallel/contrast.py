@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from copg_kernels import checks
 from copg_kernels.copg import copg_loss
 from copg_kernels.parallel.agreement import Call, agree, process_group
+from copg_kernels.parallel.rows import gather_rows
 
 
 @torch.compiler.disable
@@ -62,13 +63,11 @@ def parallel_copg_loss(
             f"completions per rank {per_rank}"
         )
     dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
-    local = torch.stack([logps.detach().to(dtype), ref_logps.detach().to(dtype), rewards.detach().to(dtype)])
-    all_logps, all_ref_logps, all_rewards = _gather(local, sizes, group)
-    first = sum(sizes[: dist.get_rank(group)])
-    all_logps = torch.cat([all_logps[:first], logps.to(dtype), all_logps[first + logps.numel() :]])
+    local = torch.stack([logps.to(dtype), ref_logps.detach().to(dtype), rewards.detach().to(dtype)], dim=1)
+    all_logps, all_ref_logps, all_rewards = gather_rows(local, sizes, group=group).unbind(1)
     if group_ids is None:
         return copg_loss(all_logps, all_ref_logps, all_rewards, beta=beta, group_size=group_size)
-    order, cu_groups = _consecutive(_gather(group_ids.unsqueeze(0), sizes, group)[0])
+    order, cu_groups = _consecutive(gather_rows(group_ids, sizes, group=group))
     return copg_loss(all_logps[order], all_ref_logps[order], all_rewards[order], beta=beta, cu_groups=cu_groups)
 
 
@@ -81,15 +80,6 @@ def _describe(
         checks.check_group_ids(group_ids, logps)
     shared = {"beta": beta, "group_size": group_size, "the dtype of logps": logps.dtype}
     return Call(shared | {"the use of group_ids": group_ids is not None}, logps.numel())
-
-
-def _gather(rows: Tensor, sizes: list[int], group: dist.ProcessGroup) -> Tensor:
-    """(n, N_r) of each rank -> (n, N) of all, in rank order."""
-    padded = rows.new_zeros((rows.shape[0], max(sizes)))
-    padded[:, : rows.shape[1]] = rows
-    gathered = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(gathered, padded, group=group)
-    return torch.cat([part[:, :size] for part, size in zip(gathered, sizes, strict=True)], dim=1)
 
 
 def _consecutive(group_ids: Tensor) -> tuple[Tensor, Tensor]:
