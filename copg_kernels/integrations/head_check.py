@@ -23,6 +23,11 @@ NUM_TOKENS = 4
 _agreed: WeakKeyDictionary[nn.Module, set[tuple]] = WeakKeyDictionary()
 
 
+def was_compared(causal: Any) -> bool:
+    """Whether some reading of this model's head has agreed with its logits."""
+    return bool(_agreed.get(causal))
+
+
 def require_agreement(causal: Any, head: HeadInputs) -> None:
     """ValueError unless `head` and the states of the body give the logits of the model's own forward.
 
