@@ -61,7 +61,7 @@ def refuse_prompt_learning(model: Any) -> None:
 
 
 def _is_lora(head: Any) -> bool:
-    return _comes_from_peft(head) and type(head) is _peft().tuners.lora.Linear
+    return _comes_from_peft(head) and _layer_type(head) is _peft().tuners.lora.Linear
 
 
 def _is_saved_module(head: Any) -> bool:
@@ -69,7 +69,12 @@ def _is_saved_module(head: Any) -> bool:
 
 
 def _comes_from_peft(head: nn.Module) -> bool:
-    return type(head).__module__.startswith("peft.")
+    return _layer_type(head).__module__.startswith("peft.")
+
+
+def _layer_type(head: nn.Module) -> type:
+    """`fully_shard` derives a class of its own from the layer's."""
+    return type(head).__bases__[1] if isinstance(head, FSDPModule) else type(head)
 
 
 def _peft() -> Any:
@@ -99,7 +104,7 @@ def _refuse_other_lora(head: Any, name: str) -> None:
 def _refuse_unless_linear(head: nn.Module) -> None:
     if type(head).forward is nn.Linear.forward:
         return
-    name = f"{type(head).__module__}.{type(head).__name__}"
+    name = f"{_layer_type(head).__module__}.{_layer_type(head).__name__}"
     if _comes_from_peft(head):
         raise ValueError(
             f"the adapter on the head must be LoRA, got {name}; take the head out of target_modules, "

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
@@ -46,7 +46,7 @@ def call_in_forward(model: nn.Module, function: Callable[[Tensor, HeadInputs], O
     if "labels" in batch:
         raise TypeError("batch must not hold labels: they belong to function")
     causal = causal_model(model.module if isinstance(model, DistributedDataParallel) else model)
-    _require_comparison(causal)
+    _require_comparison(model, causal)
     head = causal.get_output_embeddings()
     made: list[Outputs] = []
 
@@ -86,9 +86,8 @@ def _next_forward(module: nn.Module, function: Callable) -> Iterator[None]:
         yield
 
 
-def _require_comparison(causal: Any) -> None:
-    sharded = any(isinstance(parameter, DTensor) for parameter in causal.get_output_embeddings().parameters())
-    if not sharded:
+def _require_comparison(model: nn.Module, causal: Any) -> None:
+    if not any(isinstance(module, FSDPModule) for module in (model, causal, causal.get_output_embeddings())):
         read_head(causal)
     elif not was_compared(causal):
         raise ValueError(
