@@ -8,16 +8,15 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType, GradientState
-from transformers import TrainingArguments
 
 FSDP2 = dict(version=2, reshard_after_forward=True, state_dict_type="SHARDED_STATE_DICT")
 
 
 @contextmanager
-def launched(engine: str | None) -> Iterator[None]:
-    """engine: None for one process that knows of no others, "DDP" or "FSDP2"."""
+def launched(alone: bool = False) -> Iterator[None]:
+    """One of the default process group's processes, or one that knows of no others."""
     _forget()
-    if engine is not None:
+    if not alone:
         rank, size = str(dist.get_rank()), str(dist.get_world_size())
         os.environ |= dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
         os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
@@ -27,10 +26,19 @@ def launched(engine: str | None) -> Iterator[None]:
         _forget()
 
 
-def shard_on_the_cpu(args: TrainingArguments) -> None:
-    """accelerate shards models on GPUs only, though FSDP2 can on a CPU: it is told that this process has one."""
-    assert args.device.type == "cpu"
-    args.distributed_state.distributed_type = DistributedType.MULTI_GPU
+def arguments_for(engine: str | None, arguments: type) -> type:
+    """TrainingArguments, or the like, that choose the engine: "DDP" or None is what they are without more."""
+    if engine != "FSDP2":
+        return arguments
+
+    class Sharding(arguments):
+        def __init__(self, *args, **settings) -> None:
+            super().__init__(*args, fsdp=True, fsdp_config=dict(FSDP2), **settings)
+            # accelerate shards models on GPUs only, though FSDP2 can on a CPU: it is told that there is one.
+            assert self.device.type == "cpu"
+            self.distributed_state.distributed_type = DistributedType.MULTI_GPU
+
+    return Sharding
 
 
 def _forget() -> None:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from copg_kernels.integrations.trainer import CoPGTrainer
-from tests.launched import FSDP2, launched, shard_on_the_cpu
+from tests.launched import arguments_for, launched
 from tests.numerics import relative_error
 from tests.ranks import Ranks
 from tests.test_integrations_trainer import BETA, VOCAB, make_model, make_rows
@@ -54,11 +54,7 @@ MODELS = {"tied": make_model, "untied": llama, "LoRA": lora_on_the_head}
 def make_trainer(engine, folder, kind, rows, settings) -> CoPGTrainer:
     defaults = dict(learning_rate=0.01, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0, logging_steps=1)
     quiet = dict(report_to=[], disable_tqdm=True, save_strategy="no", use_cpu=True)
-    if engine == "FSDP2":
-        settings = dict(fsdp=True, fsdp_config=dict(FSDP2)) | settings
-    args = TrainingArguments(str(folder), **(defaults | quiet | settings))
-    if engine == "FSDP2":
-        shard_on_the_cpu(args)
+    args = arguments_for(engine, TrainingArguments)(str(folder), **(defaults | quiet | settings))
     model = MODELS[kind]()
     model = model if args.bf16 else model.double()
     return CoPGTrainer(model, args, beta=BETA, train_dataset=rows, eval_dataset=rows[:5])
@@ -78,9 +74,9 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.full_tensor().detach() if isinstance(parameter, DTensor) else parameter.detach()
 
 
-def on_ranks(group, function, engine, *args):
-    with launched(engine):
-        return function(engine, *args)
+def on_ranks(group, function, *args):
+    with launched():
+        return function(*args)
 
 
 TIMING = ("runtime", "per_second", "total_flos")  # the last one counts padding too
@@ -108,7 +104,7 @@ def test_training_and_evaluation(ranks, tmp_path, engine, kind):
     if kind == "LoRA":
         pytest.importorskip("peft")
     rows, alike = make_rows(11), dict(max_steps=6, eval_strategy="steps", eval_steps=3)
-    with launched(None):
+    with launched(alone=True):
         one = alike | dict(per_device_train_batch_size=4, per_device_eval_batch_size=4)
         expected = train(None, tmp_path, kind, rows, one)
     two = alike | dict(per_device_train_batch_size=2, per_device_eval_batch_size=2)
@@ -121,7 +117,7 @@ def test_training_and_evaluation(ranks, tmp_path, engine, kind):
 def test_accumulated_micro_batches(ranks, tmp_path, engine):
     """Steps of 6 groups and of 1, which only one process has."""
     rows, alike = make_rows(7), dict(max_steps=4, gradient_accumulation_steps=3)
-    with launched(None):
+    with launched(alone=True):
         expected = train(None, tmp_path, "tied", rows, alike | dict(per_device_train_batch_size=2))
     two = alike | dict(per_device_train_batch_size=1)
     assert_same(ranks.run(on_ranks, train, engine, tmp_path, "tied", rows, two), expected)
@@ -141,7 +137,7 @@ def test_resume(ranks, tmp_path, engine):
 def test_bfloat16(ranks, tmp_path, engine):
     """FSDP2 rounds what a forward returns to 16 bits, but not the loss."""
     rows, settings = make_rows(8), dict(max_steps=2, bf16=True)
-    with launched(None):
+    with launched(alone=True):
         expected = train(None, tmp_path, "untied", rows, settings | dict(per_device_train_batch_size=4))
     two = settings | dict(per_device_train_batch_size=2)
     results = ranks.run(on_ranks, train, engine, tmp_path, "untied", rows, two)

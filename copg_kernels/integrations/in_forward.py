@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from copg_kernels.integrations.body import decoder_of, with_lora_columns
-from copg_kernels.integrations.head_check import was_compared
+from copg_kernels.integrations.head_check import require_agreement_in_forward
 from copg_kernels.integrations.transformers import HeadInputs, causal_model, read_head, read_unchecked
 
 Outputs = TypeVar("Outputs")
@@ -41,22 +42,31 @@ def call_in_forward(model: nn.Module, function: Callable[[Tensor, HeadInputs], O
 
     Raises:
         TypeError: model is neither of those, or batch holds labels.
-        ValueError: what `read_head` refuses; a sharded model that `read_head` has not accepted before it was sharded.
+        ValueError: what `read_head` refuses.
     """
     if "labels" in batch:
         raise TypeError("batch must not hold labels: they belong to function")
     causal = causal_model(model.module if isinstance(model, DistributedDataParallel) else model)
-    _require_comparison(model, causal)
-    head = causal.get_output_embeddings()
-    made: list[Outputs] = []
+    if any(isinstance(module, FSDPModule) for module in (model, causal, causal.get_output_embeddings())):
+        require_agreement_in_forward(model, causal, partial(_call, model, causal))
+    else:
+        read_head(causal)
 
-    def in_place_of_logits(hidden_states: Tensor) -> Outputs:
-        inputs = with_lora_columns(causal, hidden_states), read_unchecked(causal)
+    def without_autocast(hidden_states: Tensor, head: HeadInputs) -> Outputs:
         with torch.autocast(hidden_states.device.type, enabled=False):
-            made.append(function(*inputs))
+            return function(hidden_states, head)
+
+    return _call(model, causal, without_autocast, batch)
+
+
+def _call(model: nn.Module, causal: Any, function: Callable, batch: dict[str, Any]) -> Any:
+    head, made = causal.get_output_embeddings(), []
+
+    def in_place_of_logits(hidden_states: Tensor) -> Any:
+        made.append(function(with_lora_columns(causal, hidden_states), read_unchecked(causal)))
         return made[0]
 
-    def forward(**inputs: Any) -> Outputs:
+    def forward(**inputs: Any) -> Any:
         # Wrappers add arguments and move tensors: the body takes ours, as they arrive.
         head(decoder_of(causal)(use_cache=False, **{name: inputs[name] for name in batch})[0])
         return made[0]
@@ -84,13 +94,3 @@ def _next_forward(module: nn.Module, function: Callable) -> Iterator[None]:
 
         module.forward = forward
         yield
-
-
-def _require_comparison(model: nn.Module, causal: Any) -> None:
-    if not any(isinstance(module, FSDPModule) for module in (model, causal, causal.get_output_embeddings())):
-        read_head(causal)
-    elif not was_compared(causal):
-        raise ValueError(
-            "model must have been compared with its logits before it was sharded: "
-            "call read_head(model) before fully_shard or accelerator.prepare"
-        )

@@ -65,8 +65,8 @@ class CoPGTrainer(Trainer):
     Raises:
         TypeError, ValueError: what `read_head`, `GroupCollator` and `linear_copg_loss` refuse; datasets without a
             length, model_init, torch_compile, a router's auxiliary loss, label smoothing; several GPUs in a process,
-            DeepSpeed, FSDP1, tensor, context or sequence parallelism, cpu_ram_efficient_loading, dispatch_batches,
-            even_batches or average_tokens_across_devices turned off.
+            DeepSpeed, FSDP1, tensor, context or sequence parallelism, dispatch_batches, even_batches or
+            average_tokens_across_devices turned off.
 
     Reference: Flet-Berliac et al., Contrastive Policy Gradient, EMNLP 2024, https://arxiv.org/abs/2406.19185.
     """
@@ -94,10 +94,10 @@ class CoPGTrainer(Trainer):
         self.beta, self.average_logps, self.sparse_eps = beta, average_logps, sparse_eps
         self._metrics_since_log: list[Tensor] = []
         _set_dropout_to_zero(self.model)
-        with self.accelerator.autocast():
-            read_head(self.model)
         self._wrap_data_sets()
         if not self.is_fsdp_enabled:
+            with self.accelerator.autocast():
+                read_head(self.model)
             self._find_references()
         self.add_callback(_References(self))
 

@@ -53,8 +53,3 @@ def refuse_engine(trainer: Trainer) -> None:
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise ValueError(f"fsdp_config must have version 2, got {plugin.fsdp_version}: the head's weight is flat there")
-    if plugin.cpu_ram_efficient_loading:
-        raise ValueError(
-            "fsdp_config must not have cpu_ram_efficient_loading: the head is compared with the model's logits before "
-            "it is sharded, and there only the first process has weights"
-        )
