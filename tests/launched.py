@@ -33,7 +33,7 @@ def arguments_for(engine: str | None, arguments: type) -> type:
 
     class Sharding(arguments):
         def __init__(self, *args, **settings) -> None:
-            super().__init__(*args, fsdp=True, fsdp_config=dict(FSDP2), **settings)
+            super().__init__(*args, **(dict(fsdp=True, fsdp_config=dict(FSDP2)) | settings))
             # accelerate shards models on GPUs only, though FSDP2 can on a CPU: it is told that there is one.
             assert self.device.type == "cpu"
             self.distributed_state.distributed_type = DistributedType.MULTI_GPU

@@ -7,8 +7,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-for package in ("trl", "datasets", "accelerate"):
-    pytest.importorskip(package)
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
+pytest.importorskip("accelerate")
 
 import trl
 from datasets import Dataset

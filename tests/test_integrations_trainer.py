@@ -280,6 +280,10 @@ def test_what_the_trainer_refuses(tmp_path):
         make_trainer(tmp_path, [ROW], torch_compile=True)
     with pytest.raises(ValueError, match="model must be given, not model_init"):
         CoPGTrainer(None, TrainingArguments(str(tmp_path)), beta=BETA, model_init=make_model)
+    args = TrainingArguments(str(tmp_path))
+    args.deepspeed = {"zero_optimization": {"stage": 3}}
+    with pytest.raises(ValueError, match="args.deepspeed must be off"):
+        CoPGTrainer(make_model(), args, beta=BETA)
     with pytest.raises(ValueError, match="must have a length and be indexable, got generator"):
         make_trainer(tmp_path, (row for row in [ROW]), max_steps=1)
     model = make_model()

@@ -27,6 +27,8 @@ def refuse_arguments(model: nn.Module, args: TrainingArguments, trainer_options:
             "args.deepspeed must be off: how ZeRO gathers the head for the loss is not tested with CoPGTrainer; "
             "use FSDP2 (args.fsdp)"
         )
+    if args.fsdp:
+        _require_fsdp2((args.fsdp_plugin_args or {}).get("fsdp_version", 1))
     if args.world_size > 1:
         _refuse_data_loading(args)
 
@@ -48,8 +50,12 @@ def refuse_engine(trainer: Trainer) -> None:
     sizes = {"tp": trainer.get_tp_size(), "cp": trainer.get_cp_size(), "sp": trainer.get_sp_size()}
     if max(sizes.values()) > 1:
         raise ValueError(f"processes must share nothing but data and shards of weights, got sizes {sizes}")
-    if not trainer.is_fsdp_enabled:
-        return
-    plugin = trainer.accelerator.state.fsdp_plugin
-    if plugin.fsdp_version != 2:
-        raise ValueError(f"fsdp_config must have version 2, got {plugin.fsdp_version}: the head's weight is flat there")
+    if trainer.is_fsdp_enabled:
+        _require_fsdp2(trainer.accelerator.state.fsdp_plugin.fsdp_version)
+
+
+def _require_fsdp2(version: int) -> None:
+    if version != 2:
+        raise ValueError(
+            f"fsdp_config must have version 2, got {version}: the head's weight is part of a flat one there"
+        )

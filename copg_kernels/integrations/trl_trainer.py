@@ -20,15 +20,17 @@ from trl.trainer.utils import get_config_model_id, split_tensor_dict
 
 from copg_kernels import linear_copg_loss, linear_logps
 from copg_kernels.integrations.in_forward import call_in_forward
+from copg_kernels.integrations.trainer_refusals import refuse_engine
 from copg_kernels.integrations.transformers import HeadInputs
 
-# What they must be: a ratio to clip, a loss and a wrapper that CoPGTrainer does not have.
+# What they must be: a ratio to clip, a loss and wrappers that CoPGTrainer does not have.
 _UNSUPPORTED = {
     "epsilon": RLOOConfig.epsilon,
     "epsilon_high": None,
     "normalize_advantages": False,
     "use_liger_kernel": False,
     "torch_compile": False,
+    "deepspeed": None,
 }
 
 
@@ -40,8 +42,8 @@ class CoPGConfig(RLOOConfig):
 
     Raises:
         ValueError: beta <= 0; per_device_train_batch_size (or the evaluation's) is not a multiple of num_generations;
-            epsilon or epsilon_high (there is no ratio to clip), normalize_advantages, use_liger_kernel or torch_compile
-            is set.
+            epsilon or epsilon_high (there is no ratio to clip), normalize_advantages, use_liger_kernel, torch_compile
+            or deepspeed is set.
     """
 
     disable_dropout: bool = field(
@@ -72,6 +74,10 @@ class CoPGTrainer(RLOOTrainer):
     when completions are sampled. The gradient of the first step on new completions is that of RLOO. In later ones
     (num_iterations, steps_per_generation, an old vLLM) RLOO clips importance ratios; CoPG has none and needs none.
 
+    Several processes train with DDP, or with FSDP2 where args.fsdp is on; the loss is computed inside of the wrapped
+    model's forward. Each process samples completions of its own prompts, per_device_train_batch_size of them, so the
+    gradient is that of one process with the batches of all.
+
     Data, generation, rewards, the reference policy, LoRA (peft_config), callbacks and checkpoints are RLOOTrainer's,
     and so are the metrics: reward, reward_std, rewards/*, kl, completions/*, frac_reward_zero_std. Not logged are the
     clip ratios and the entropy. The loss is a variance: unlike RLOO's its value means something, and it is 0 at the
@@ -85,7 +91,8 @@ class CoPGTrainer(RLOOTrainer):
     Raises:
         TypeError: args is another configuration.
         ValueError: what CoPGConfig and `read_head` refuse; a processor of images, the auxiliary loss of a router, a
-            completion that no reward function scores, an infinite reward, a batch that splits a group.
+            completion that no reward function scores, an infinite reward, a batch that splits a group; DeepSpeed,
+            FSDP1, tensor, context or sequence parallelism.
 
     Reference: Flet-Berliac et al., Contrastive Policy Gradient, EMNLP 2024, https://arxiv.org/abs/2406.19185.
     """
@@ -106,6 +113,7 @@ class CoPGTrainer(RLOOTrainer):
         if not isinstance(args, CoPGConfig):
             raise TypeError(f"args must be a CoPGConfig, got {type(args).__name__}")
         super().__init__(model, reward_funcs, args, **trainer_options)
+        refuse_engine(self)
         if self._is_vlm:
             raise ValueError("processing_class must be a tokenizer: images are not supported by CoPGTrainer")
         if self.aux_loss_enabled:
