@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, DistributedType, GradientState
+from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 
 FSDP2 = dict(version=2, reshard_after_forward=True, state_dict_type="SHARDED_STATE_DICT")
 
@@ -34,11 +34,15 @@ def arguments_for(engine: str | None, arguments: type) -> type:
     class Sharding(arguments):
         def __init__(self, *args, **settings) -> None:
             super().__init__(*args, **(dict(fsdp=True, fsdp_config=dict(FSDP2)) | settings))
-            # accelerate shards models on GPUs only, though FSDP2 can on a CPU: it is told that there is one.
             assert self.device.type == "cpu"
-            self.distributed_state.distributed_type = DistributedType.MULTI_GPU
+            shard_on_the_cpu(self.distributed_state)
 
     return Sharding
+
+
+def shard_on_the_cpu(state: PartialState) -> None:
+    """accelerate shards models on GPUs only, though FSDP2 can on a CPU: it is told that there is one."""
+    state.distributed_type = DistributedType.MULTI_GPU
 
 
 def _forget() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from accelerate import PartialState
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -16,13 +20,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from copg_kernels import linear_logps
 from copg_kernels.integrations.in_forward import call_in_forward
 from copg_kernels.integrations.trainer import CoPGTrainer
-from tests.launched import arguments_for, launched
+from tests.launched import arguments_for, launched, shard_on_the_cpu
 from tests.numerics import relative_error
 from tests.ranks import Ranks
+from tests.test_docs import RECIPES
 from tests.test_integrations_trainer import BETA, VOCAB, make_model, make_rows
 
 TOLERANCE = 1e-6  # float64, but for ref_logps and rewards, which the collator makes float32
 PRELOAD = ["tests.test_integrations_ranks"]
+WRAPPERS = {None: nn.Module, "DDP": DistributedDataParallel, "FSDP2": FSDPModule}
 ENGINES = pytest.mark.parametrize("engine", ["DDP", "FSDP2"])
 
 
@@ -66,8 +72,7 @@ def train(engine, folder, kind, rows, settings):
     """-> what was logged, whole weights, reference log-probs."""
     trainer = make_trainer(engine, folder, kind, rows, settings)
     trainer.train(settings.get("resume_from_checkpoint"))
-    wrapper = {None: type(trainer.model), "DDP": DistributedDataParallel, "FSDP2": FSDPModule}[engine]
-    assert isinstance(trainer.model_wrapped, wrapper)
+    assert isinstance(trainer.model_wrapped, WRAPPERS[engine])
     weights = {name: whole(parameter) for name, parameter in trainer.model.named_parameters()}
     return trainer.state.log_history, weights, trainer.train_dataset.ref_logps
 
@@ -214,3 +219,39 @@ def misread(group):
 def test_a_sharded_head_is_compared_with_the_logits(ranks):
     errors = ranks.errors(misread)
     assert all("the head of FSDPDoubled" in error and "its logits differ by 5.0e-01" in error for error in errors)
+
+
+# The recipe of docs/recipes.md
+
+
+def run_recipe(engine, given):
+    """-> losses and weights of two steps on this process's part of the batch; accelerate is configured as by launch."""
+    if engine == "FSDP2":
+        os.environ |= dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP")
+        shard_on_the_cpu(PartialState(cpu=True))
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    state = PartialState(cpu=True)
+    mine = {name: values.chunk(state.num_processes)[state.process_index] for name, values in given.items()}
+    model, losses = llama().double(), []
+    scope = dict(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)) | mine
+    for _ in range(2):
+        exec(RECIPES["The same loop with accelerate"], scope)
+        losses.append(scope["loss"].item())
+        scope["optimizer"].zero_grad()
+    assert isinstance(scope["model"], WRAPPERS[engine])
+    return losses, {name: whole(parameter) for name, parameter in model.named_parameters()}
+
+
+@ENGINES
+def test_recipe_with_accelerate(ranks, engine):
+    input_ids = torch.randint(2, VOCAB, (4, 6))
+    given = dict(input_ids=input_ids, labels=input_ids[:, 1:], attention_mask=torch.ones_like(input_ids))
+    given |= dict(ref_logps=torch.randn(4).double() - 15, rewards=torch.randn(4).double())
+    with launched(alone=True):
+        losses, weights = run_recipe(None, given)
+    results = ranks.run(on_ranks, run_recipe, engine, given)
+    mean = torch.tensor([ours for ours, _ in results], dtype=torch.float64).mean(0)
+    assert relative_error(mean, torch.tensor(losses, dtype=torch.float64)) < 1e-12
+    for _, ours in results:
+        for name, truth in weights.items():
+            assert relative_error(ours[name], truth) < 1e-12, name
