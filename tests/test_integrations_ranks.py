@@ -12,13 +12,11 @@ pytest.importorskip("accelerate")
 
 from accelerate import PartialState
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from copg_kernels import linear_logps
-from copg_kernels.integrations.in_forward import call_in_forward
 from copg_kernels.integrations.trainer import CoPGTrainer
 from tests.launched import arguments_for, launched, shard_on_the_cpu
 from tests.numerics import relative_error
@@ -167,58 +165,6 @@ def test_settings_that_are_refused(ranks, tmp_path, settings, message):
     engine = "FSDP2" if "fsdp" in settings else "DDP"
     errors = ranks.errors(on_ranks, make_trainer, engine, tmp_path, "tied", make_rows(4), settings)
     assert all(error.startswith("ValueError") and message in error for error in errors), errors
-
-
-# call_in_forward on models that torch's own functions wrap
-
-BATCH = {"input_ids": torch.arange(2, 14).view(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.int64)}
-
-
-class Doubled(LlamaForCausalLM):
-    """Logits that no configuration tells of."""
-
-    def forward(self, *args, **kwargs):
-        output = super().forward(*args, **kwargs)
-        output["logits"] = 2 * output["logits"]
-        return output
-
-
-def sharded(model, **policy):
-    for layer in model.model.layers:
-        fully_shard(layer, mp_policy=MixedPrecisionPolicy(**policy))
-    return fully_shard(model, mp_policy=MixedPrecisionPolicy(**policy))
-
-
-def sum_of_logps(model):
-    def function(hidden_states, head):
-        labels = BATCH["input_ids"][:, 1:]
-        logps = linear_logps(hidden_states[:, :-1], head.lm_head_weight, labels, **head.options())
-        return {"logps": logps, "sum": logps.sum()}
-
-    return call_in_forward(model, function, **BATCH)
-
-
-def logps_in_bfloat16(group):
-    model, policy = llama(), dict(param_dtype=torch.bfloat16)
-    found = sum_of_logps(sharded(model, **policy, output_dtype=torch.bfloat16))
-    found["sum"].backward()
-    assert all(parameter.grad.norm() > 0 for parameter in model.parameters())
-    return found["logps"].detach(), sum_of_logps(sharded(llama(), **policy))["logps"].detach()
-
-
-def test_fsdp2_does_not_round_what_is_returned(ranks):
-    for found, expected in ranks.run(logps_in_bfloat16):
-        assert found.dtype == torch.float32 and torch.equal(found, expected)
-        assert not torch.equal(found, found.bfloat16().float())
-
-
-def misread(group):
-    sum_of_logps(sharded(Doubled(llama().config)))
-
-
-def test_a_sharded_head_is_compared_with_the_logits(ranks):
-    errors = ranks.errors(misread)
-    assert all("the head of FSDPDoubled" in error and "its logits differ by 5.0e-01" in error for error in errors)
 
 
 # The recipe of docs/recipes.md

@@ -23,6 +23,7 @@ from copg_kernels.integrations.trl_trainer import CoPGConfig, CoPGTrainer
 from tests.launched import arguments_for, launched
 from tests.numerics import relative_error
 from tests.ranks import Ranks
+from tests.test_integrations_trl import lora
 from tests.test_integrations_trl_trainer import METRICS, PROMPTS, make_trainer, sample
 from tests.tiny_trl import QUIET, STEPS, tiny_model, word_tokenizer
 
@@ -86,25 +87,31 @@ def test_loss_and_gradients(ranks, tmp_path, name, engine):
             assert relative_error(actual, expected) < 1e-5
 
 
-def trained(engine, folder):
+def trained(engine, folder, adapter):
     """-> what was logged, and the weights."""
     evaluation = dict(eval_strategy="steps", eval_steps=2, num_generations_eval=2, per_device_eval_batch_size=4)
     rows = Dataset.from_dict(dict(prompt=PROMPTS))
     settings = dict(seed=1, per_device_train_batch_size=4, max_steps=4, num_iterations=2, eval_dataset=rows)
+    if adapter:
+        settings |= dict(peft_config=adapter)
     trainer = sampling_trainer(engine, folder, "CoPG", **settings, **evaluation)
     trainer.train()
-    return trainer.state.log_history, [whole(parameter) for parameter in trainer.model.parameters()]
+    return trainer.state.log_history, {name: whole(value) for name, value in trainer.model.named_parameters()}
 
 
-@ENGINES
-def test_copg_samples_and_trains(ranks, tmp_path, engine):
-    """Each process samples completions of its own prompts; policy and metrics are those of all."""
+@pytest.mark.parametrize("with_lora", [False, True], ids=["whole", "LoRA"])
+def test_copg_samples_and_trains(ranks, tmp_path, with_lora):
+    """Each process samples completions of its own prompts; policy and metrics are those of all, with either engine."""
+    adapter = lora() if with_lora else None
     tiny_model(1).save_pretrained(tmp_path / "reference")
-    (log, weights), (other_log, other_weights) = ranks.run(on_ranks, trained, engine, tmp_path)
-    for one, other, before in zip(weights, other_weights, tiny_model(1).parameters(), strict=True):
-        assert torch.equal(one, other) and not torch.equal(one, before)
-    for entry, other in zip(log, other_log, strict=True):
-        assert all(entry[name] == other[name] for name in METRICS if name in entry)
+    results = [ranks.run(on_ranks, trained, engine, tmp_path, adapter) for engine in ("DDP", "FSDP2")]
+    (log, weights), *others = results[0] + results[1]
+    for other_log, other_weights in others:
+        for entry, other in zip(log, other_log, strict=True):
+            compared = {name: value for name, value in entry.items() if name.removeprefix("eval_") in METRICS}
+            assert {name: other[name] for name in compared} == pytest.approx(compared, rel=1e-4, abs=1e-5)
+        for name, weight in weights.items():
+            assert relative_error(other_weights[name], weight) < 1e-4, name
     steps = [entry for entry in log if "loss" in entry]
     assert len(steps) == 4 and steps[0]["kl"] == 0 and steps[2]["kl"] > 0 and steps[0]["num_tokens"] > 30
     assert [entry["eval_loss"] > 0 for entry in log if "eval_loss" in entry] == [True, True]
