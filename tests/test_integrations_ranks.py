@@ -84,7 +84,7 @@ def on_ranks(group, function, *args):
         return function(*args)
 
 
-TIMING = ("runtime", "per_second", "total_flos")  # the last one counts padding too
+TIMING = ("_time", "runtime", "per_second", "total_flos")  # the last one counts padding too
 
 
 def assert_same(results, expected, tolerance=TOLERANCE) -> None:
@@ -116,6 +116,23 @@ def test_training_and_evaluation(ranks, tmp_path, engine, kind):
     assert_same(ranks.run(on_ranks, train, engine, tmp_path, kind, rows, two), expected)
     losses = [entry["loss"] for entry in expected[0] if "loss" in entry]
     assert len(losses) == 6 and len(set(losses)) == 6
+
+
+def evaluate_and_train(engine, folder, rows, size):
+    settings = dict(max_steps=2, per_device_train_batch_size=size, per_device_eval_batch_size=size)
+    trainer = make_trainer(engine, folder, "tied", rows, settings)
+    metrics = trainer.evaluate()
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, WRAPPERS[engine])
+    return [metrics], dict(trainer.model.named_parameters()), trainer.train_dataset.ref_logps
+
+
+def test_evaluation_before_training(ranks, tmp_path):
+    """accelerate takes an evaluated model for prepared, and would not wrap it for training."""
+    rows = make_rows(8)
+    with launched(alone=True):
+        expected = evaluate_and_train(None, tmp_path, rows, 4)
+    assert_same(ranks.run(on_ranks, evaluate_and_train, "DDP", tmp_path, rows, 2), expected)
 
 
 @ENGINES

@@ -117,6 +117,23 @@ def test_copg_samples_and_trains(ranks, tmp_path, with_lora):
     assert [entry["eval_loss"] > 0 for entry in log if "eval_loss" in entry] == [True, True]
 
 
+def evaluated_and_trained(folder, adapter):
+    rows = Dataset.from_dict(dict(prompt=PROMPTS))
+    settings = dict(per_device_train_batch_size=4, per_device_eval_batch_size=4, max_steps=1, eval_dataset=rows)
+    trainer = sampling_trainer("DDP", folder, "CoPG", **settings, peft_config=adapter)
+    metrics = trainer.evaluate()
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+    return metrics["eval_reward"], [whole(parameter) for parameter in trainer.model.parameters()]
+
+
+def test_evaluation_before_training(ranks, tmp_path):
+    """Without a reference model beside it accelerate takes the policy for prepared, and would not wrap it."""
+    tiny_model(1).save_pretrained(tmp_path / "reference")
+    (reward, weights), (other_reward, other_weights) = ranks.run(on_ranks, evaluated_and_trained, tmp_path, lora())
+    assert reward == other_reward and all(map(torch.equal, weights, other_weights))
+
+
 # Trainers of pairs
 
 

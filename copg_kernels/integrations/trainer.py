@@ -29,7 +29,7 @@ from copg_kernels.integrations.references import (
     restore_references,
     save_references,
 )
-from copg_kernels.integrations.trainer_refusals import refuse_arguments, refuse_engine
+from copg_kernels.integrations.trainer_engine import refuse_arguments, refuse_engine, wrap_evaluated_model
 from copg_kernels.integrations.transformers import HeadInputs, read_head
 
 
@@ -174,6 +174,7 @@ class CoPGTrainer(Trainer):
             folder = get_last_checkpoint(self.args.output_dir)
         if folder:
             restore_references(Path(folder), self._references())
+        wrap_evaluated_model(self)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:

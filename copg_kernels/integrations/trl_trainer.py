@@ -20,7 +20,7 @@ from trl.trainer.utils import get_config_model_id, split_tensor_dict
 
 from copg_kernels import linear_copg_loss, linear_logps
 from copg_kernels.integrations.in_forward import call_in_forward
-from copg_kernels.integrations.trainer_refusals import refuse_engine
+from copg_kernels.integrations.trainer_engine import refuse_engine, wrap_evaluated_model
 from copg_kernels.integrations.transformers import HeadInputs
 
 # What they must be: a ratio to clip, a loss and wrappers that CoPGTrainer does not have.
@@ -118,6 +118,10 @@ class CoPGTrainer(RLOOTrainer):
             raise ValueError("processing_class must be a tokenizer: images are not supported by CoPGTrainer")
         if self.aux_loss_enabled:
             raise ValueError("router_aux_loss_coef must be 0.0: the router's loss is not part of CoPG")
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        wrap_evaluated_model(self)
+        return super().train(*args, **kwargs)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """CoPG on TRL's own batch, relative to the policy that sampled it.

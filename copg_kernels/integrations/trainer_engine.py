@@ -1,4 +1,4 @@
-"""What `CoPGTrainer` refuses of the Trainer's options, and why."""
+"""What the Trainer runs on: the options and engines that a CoPGTrainer refuses, and a trap of accelerate's."""
 
 from __future__ import annotations
 
@@ -59,3 +59,11 @@ def _require_fsdp2(version: int) -> None:
         raise ValueError(
             f"fsdp_config must have version 2, got {version}: the head's weight is part of a flat one there"
         )
+
+
+def wrap_evaluated_model(trainer: Trainer) -> None:
+    """Before training. accelerate marks a model that was evaluated first as prepared and does not wrap it in DDP later:
+    each process would train a policy of its own, in silence.
+    """
+    if trainer.args.world_size > 1 and trainer.model_wrapped is trainer.model:
+        trainer.model._is_accelerate_prepared = False
