@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+from transformers import TrainerCallback, TrainingArguments
 
 FILE_NAME = "ref_logps.pt"
 
@@ -62,10 +63,6 @@ def find_references(
     data_set.ref_logps = [by_row[row] for row in range(num_rows)]
 
 
-def save_references(folder: Path, data_sets: Mapping[str, WithReferences]) -> None:
-    torch.save({name: rows.ref_logps for name, rows in data_sets.items()}, folder / FILE_NAME)
-
-
 def restore_references(folder: Path, data_sets: Mapping[str, WithReferences]) -> None:
     """Put those of a checkpoint in place of the present ones."""
     path = folder / FILE_NAME
@@ -76,3 +73,18 @@ def restore_references(folder: Path, data_sets: Mapping[str, WithReferences]) ->
         if [len(logps) for logps in saved.get(name, [])] != rows.group_sizes():
             raise ValueError(f"resume_from_checkpoint: {path} was written for other data ({name})")
         rows.ref_logps = saved[name]
+
+
+class ReferencesCallback(TrainerCallback):
+    """Finds those that had to wait for the sharded model; saves beside every checkpoint those it was trained with."""
+
+    def __init__(self, find: Callable[[], None], data_sets: Callable[[], Mapping[str, WithReferences]]) -> None:
+        self.find, self.data_sets = find, data_sets
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.find()
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:
+            references = {name: rows.ref_logps for name, rows in self.data_sets().items()}
+            torch.save(references, Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE_NAME)

@@ -16,19 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from copg_kernels import linear_copg_loss, linear_logps, sequence_logps
 from copg_kernels.integrations.collator import GroupCollator, first_groups
 from copg_kernels.integrations.group_metrics import group_metrics, mean_over_groups, means, totals
 from copg_kernels.integrations.in_forward import call_in_forward
-from copg_kernels.integrations.references import (
-    WithReferences,
-    find_references,
-    restore_references,
-    save_references,
-)
+from copg_kernels.integrations.references import ReferencesCallback, WithReferences, find_references, restore_references
 from copg_kernels.integrations.trainer_engine import refuse_arguments, refuse_engine, wrap_evaluated_model
 from copg_kernels.integrations.transformers import HeadInputs, read_head
 
@@ -99,7 +94,7 @@ class CoPGTrainer(Trainer):
             with self.accelerator.autocast():
                 read_head(self.model)
             self._find_references()
-        self.add_callback(_References(self))
+        self.add_callback(ReferencesCallback(self._find_references, self._references))
 
     def compute_loss(
         self,
@@ -236,20 +231,6 @@ class CoPGTrainer(Trainer):
         named = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {"": self.eval_dataset}
         found = {"train": self.train_dataset} | {f"eval {name}": rows for name, rows in named.items()}
         return {name: rows for name, rows in found.items() if rows is not None}
-
-
-class _References(TrainerCallback):
-    """Those that had to wait for the sharded model, and beside every checkpoint those it was trained against."""
-
-    def __init__(self, trainer: CoPGTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._find_references()
-
-    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.should_save:
-            save_references(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.trainer._references())
 
 
 def _evaluation_metrics(prediction: EvalPrediction) -> dict[str, float]:
