@@ -4,7 +4,7 @@
     hidden_states = hidden_states_of(model, input_ids=input_ids, attention_mask=attention_mask)
     linear_logps(hidden_states[:, :-1], head.lm_head_weight, labels, **head.options())
 
-The model may be one of transformers or a `peft.PeftModel` around it.
+The model may be one of transformers or a `peft.PeftModel` around it; in DDP or FSDP2 it is for `call_in_forward`.
 """
 
 from __future__ import annotations
