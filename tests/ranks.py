@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ _SECONDS_TO_START, _SECONDS_TO_ANSWER = 120, 60
 class Ranks:
     """Ranks 0 .. world_size - 1; a function gets the process group of those it runs on, and must be importable."""
 
-    def __init__(self, world_size: int, store: Path, seconds: float = 30) -> None:
+    def __init__(self, world_size: int, store: Path, seconds: float = 30, preload: Sequence[str] = ()) -> None:
         # A server that has everything imported forks them: starting each afresh takes seconds of one core.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.fsdp", "copg_kernels.parallel", "pytest"])
+        context.set_forkserver_preload(["torch.distributed.fsdp", "copg_kernels.parallel", "pytest", *preload])
         self.pipes, self.processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()

@@ -128,6 +128,26 @@ def test_transformers_in_a_loop():
     assert_gradient(model.lm_head.weight, copg_loss_ref(logps, given["ref_logps"], given["rewards"], beta=BETA))
 
 
+def test_accelerate_in_a_loop(monkeypatch):
+    pytest.importorskip("accelerate")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    model, given = gpt2(), batch()
+    given |= dict(attention_mask=torch.ones_like(given["input_ids"]), labels=labels_of(given))
+    logps = logps_by_hand(model(given["input_ids"]).logits, given)
+    loss = copg_loss_ref(logps, given["ref_logps"], given["rewards"], beta=BETA)
+    expected = [weight - gradient for weight, gradient in zip(*leaves_and_gradients(model, loss), strict=True)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scope = execute(RECIPES["The same loop with accelerate"], model=model, optimizer=optimizer, **given)
+    assert scope["loss"].item() == pytest.approx(loss.item(), rel=1e-12)
+    for parameter, truth in zip(model.parameters(), expected, strict=True):
+        assert relative_error(parameter, truth) < 1e-10
+
+
+def leaves_and_gradients(model, loss: torch.Tensor) -> tuple[list, tuple]:
+    leaves = list(model.parameters())
+    return [leaf.detach().clone() for leaf in leaves], torch.autograd.grad(loss, leaves)
+
+
 def test_peft_reference():
     peft = pytest.importorskip("peft")
     given, base = batch(), gpt2()

@@ -195,6 +195,9 @@ def test_resume_refuses_other_data_and_foreign_checkpoints(tmp_path):
 def test_rows_may_bring_their_reference(tmp_path):
     rows = [row | {"ref_logps": [-1.0] * len(row["rewards"])} for row in make_rows(3)]
     assert make_trainer(tmp_path, rows).train_dataset[1]["ref_logps"] == [-1.0] * 3
+    del rows[2]["ref_logps"]
+    with pytest.raises(ValueError, match="in every row or in none, rows 2 to 2 differ from row 0"):
+        make_trainer(tmp_path, rows, per_device_train_batch_size=1)
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -280,6 +283,10 @@ def test_what_the_trainer_refuses(tmp_path):
         make_trainer(tmp_path, [ROW], torch_compile=True)
     with pytest.raises(ValueError, match="model must be given, not model_init"):
         CoPGTrainer(None, TrainingArguments(str(tmp_path)), beta=BETA, model_init=make_model)
+    args = TrainingArguments(str(tmp_path))
+    args.deepspeed = {"zero_optimization": {"stage": 3}}
+    with pytest.raises(ValueError, match="args.deepspeed must be off"):
+        CoPGTrainer(make_model(), args, beta=BETA)
     with pytest.raises(ValueError, match="must have a length and be indexable, got generator"):
         make_trainer(tmp_path, (row for row in [ROW]), max_steps=1)
     model = make_model()

@@ -87,6 +87,16 @@ class GroupCollator:
         return {"ref_logps": torch.tensor([logp for logps in found for logp in logps], dtype=torch.float32)}
 
 
+def first_groups(batch: Mapping[str, Tensor], num_groups: int) -> dict[str, Tensor]:
+    """The first groups of a batch, one or more; padding stays as long as it is."""
+    sizes = batch["group_sizes"][:num_groups]
+    num_completions = int(sizes.sum())
+    num_tokens = int(batch["cu_seqlens"][num_completions])
+    lengths = {"group_sizes": num_groups, "positions": num_tokens, "labels": num_tokens}
+    lengths["cu_seqlens"] = num_completions + 1
+    return {name: values[: lengths.get(name, num_completions)] for name, values in batch.items()}
+
+
 def _check_row(row: Mapping[str, Any]) -> None:
     missing = [key for key in ("prompt", "completions", "rewards") if key not in row]
     if missing:

@@ -34,4 +34,13 @@ def group_metrics(log_ratios: Tensor, rewards: Tensor, group_sizes: Tensor) -> T
 
 def mean_over_groups(table: Tensor) -> dict[str, float]:
     """The columns' means over the groups that have them."""
-    return dict(zip(METRICS, table.nanmean(0).tolist(), strict=True))
+    return means(totals(table))
+
+
+def totals(table: Tensor) -> Tensor:
+    """(2, 3): sum of each column over the groups that have it, and their number; those of several tables add up."""
+    return torch.stack([table.nansum(0), (~table.isnan()).sum(0).to(table.dtype)])
+
+
+def means(totals: Tensor) -> dict[str, float]:
+    return dict(zip(METRICS, (totals[0] / totals[1]).tolist(), strict=True))

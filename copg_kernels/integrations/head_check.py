@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -20,27 +20,46 @@ if TYPE_CHECKING:
 LOGITS_RMS = 30.0
 NUM_TOKENS = 4
 
+Call = Callable[[Callable, dict[str, Tensor]], Any]
+"""Of (function, batch): function(hidden_states of the batch, head), where the weights are."""
+
 _agreed: WeakKeyDictionary[nn.Module, set[tuple]] = WeakKeyDictionary()
 
 
 def require_agreement(causal: Any, head: HeadInputs) -> None:
-    """ValueError unless `head` and the states of the body give the logits of the model's own forward.
+    """ValueError unless `head` and the states of the body give the logits of the model's own forward."""
+    kind = (head.lm_head_weight.shape, head.lm_head_weight.dtype, head.bias is None, head.logit_scale, head.softcap)
+    if kind not in _agreed.setdefault(causal, set()):
+        _compare_with(causal, causal, lambda read, batch: read(body_states(causal, batch), head))
+        _agreed[causal].add(kind)
 
-    The body's output is replaced on its way to the model's head, by random states that give large logits: those of a
+
+def require_agreement_in_forward(model: nn.Module, causal: Any, call: Call) -> None:
+    """The same of a model whose weights are together only while it is called: once, and by all processes together."""
+    if not _agreed.setdefault(causal, set()):
+        _compare_with(model, causal, call)
+        _agreed[causal].add(("in forward",))
+
+
+def _compare_with(model: nn.Module, causal: Any, call: Call) -> None:
+    """The body's output is replaced on its way to the model's head, by random states that give large logits: those of a
     fresh model are too small to tell a cap of 30 from none.
     """
-    kind = (head.lm_head_weight.shape, head.lm_head_weight.dtype, head.bias is None, head.logit_scale, head.softcap)
-    if kind in _agreed.setdefault(causal, set()):
-        return
-    vocab_size = head.lm_head_weight.shape[0]
+    vocab_size = causal.get_output_embeddings().out_features
     input_ids = torch.arange(1, NUM_TOKENS + 1, device=causal.device)[None] % vocab_size
     batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    with torch.no_grad(), _evaluating(causal):
+
+    def read(hidden_states: Tensor, head: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
         states = _large_states(causal, head)
-        own_states, own_logits = _own_forward(causal, batch, states)
-        _compare(causal, head, "hidden states", body_states(causal, batch), with_lora_columns(causal, own_states))
-        _compare(causal, head, "logits", _logits(head, with_lora_columns(causal, states)), own_logits)
-    _agreed[causal].add(kind)
+        return hidden_states, states, _logits(head, with_lora_columns(causal, states))
+
+    with torch.no_grad(), _evaluating(causal):
+        hidden_states, states, logits = call(read, batch)
+        own_states, own_logits = _own_forward(model, causal, batch, states)
+        # The columns of LoRA, behind those of the body, are seen in the logits.
+        hidden_states = hidden_states[..., : own_states.shape[-1]]
+        _compare(causal, "hidden states", hidden_states, own_states.to(hidden_states), states.dtype)
+        _compare(causal, "logits", logits, own_logits.to(logits.device), states.dtype)
 
 
 def _large_states(causal: Any, head: HeadInputs) -> Tensor:
@@ -58,7 +77,7 @@ def _logits(head: HeadInputs, hidden_states: Tensor) -> Tensor:
     return logits if head.softcap is None else head.softcap * (logits / head.softcap).tanh()
 
 
-def _own_forward(causal: Any, batch: dict[str, Tensor], states: Tensor) -> tuple[Tensor, Tensor]:
+def _own_forward(model: nn.Module, causal: Any, batch: dict[str, Tensor], states: Tensor) -> tuple[Tensor, Tensor]:
     """(hidden states of the body, logits of the model with `states` in their place)"""
     decoder = decoder_of(causal)
     seen: list[Tensor] = []
@@ -72,7 +91,7 @@ def _own_forward(causal: Any, batch: dict[str, Tensor], states: Tensor) -> tuple
 
     handle = decoder.register_forward_hook(replace)
     try:
-        logits = causal(**batch, use_cache=False)["logits"]
+        logits = model(**batch, use_cache=False)["logits"]
     finally:
         handle.remove()
     if len(seen) != 1:
@@ -80,11 +99,11 @@ def _own_forward(causal: Any, batch: dict[str, Tensor], states: Tensor) -> tuple
     return seen[0], logits
 
 
-def _compare(causal: Any, head: HeadInputs, what: str, read: Tensor, own: Tensor) -> None:
+def _compare(causal: Any, what: str, read: Tensor, own: Tensor, dtype: torch.dtype) -> None:
     if read.shape != own.shape:
         raise _not_understood(causal, f"its {what} have shape {tuple(own.shape)}, those read {tuple(read.shape)}")
     # Room for a few roundings to 16 bits, or for the 10 bits of TF32.
-    tolerance = max(1e-3, 2 * torch.finfo(head.lm_head_weight.dtype).eps)
+    tolerance = max(1e-3, 2 * torch.finfo(dtype).eps)
     own, read = own.float(), read.float()
     error = ((own - read).norm() / own.norm()).item()
     if not error <= tolerance:

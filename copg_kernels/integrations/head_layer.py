@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -60,7 +61,7 @@ def refuse_prompt_learning(model: Any) -> None:
 
 
 def _is_lora(head: Any) -> bool:
-    return _comes_from_peft(head) and type(head) is _peft().tuners.lora.Linear
+    return _comes_from_peft(head) and _layer_type(head) is _peft().tuners.lora.Linear
 
 
 def _is_saved_module(head: Any) -> bool:
@@ -68,7 +69,12 @@ def _is_saved_module(head: Any) -> bool:
 
 
 def _comes_from_peft(head: nn.Module) -> bool:
-    return type(head).__module__.startswith("peft.")
+    return _layer_type(head).__module__.startswith("peft.")
+
+
+def _layer_type(head: nn.Module) -> type:
+    """`fully_shard` derives a class of its own from the layer's."""
+    return type(head).__bases__[1] if isinstance(head, FSDPModule) else type(head)
 
 
 def _peft() -> Any:
@@ -98,7 +104,7 @@ def _refuse_other_lora(head: Any, name: str) -> None:
 def _refuse_unless_linear(head: nn.Module) -> None:
     if type(head).forward is nn.Linear.forward:
         return
-    name = f"{type(head).__module__}.{type(head).__name__}"
+    name = f"{_layer_type(head).__module__}.{_layer_type(head).__name__}"
     if _comes_from_peft(head):
         raise ValueError(
             f"the adapter on the head must be LoRA, got {name}; take the head out of target_modules, "
@@ -109,10 +115,15 @@ def _refuse_unless_linear(head: nn.Module) -> None:
 
 def _refuse_other_behaviour(head: nn.Module) -> None:
     hooks = len(head._forward_hooks) + len(head._forward_pre_hooks)
-    if hooks:
+    if hooks > _hooks_of_fsdp(head):
         raise ValueError(f"the head must have no forward hooks, which the fused product cannot call, got {hooks}")
     if "forward" in vars(head):
         raise ValueError("the head must have the forward of torch.nn.Linear, got one that was replaced on the instance")
+
+
+def _hooks_of_fsdp(head: nn.Module) -> int:
+    """One before and one after forward: a weight that is there has been gathered by them."""
+    return 2 if isinstance(head, FSDPModule) else 0
 
 
 def _refuse_weight(weight: Tensor) -> None:

@@ -10,22 +10,22 @@ CoPGTrainer(model, args, beta=0.1, train_dataset=rows, processing_class=tokenize
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from copg_kernels import linear_copg_loss, linear_logps, sequence_logps
-from copg_kernels.integrations.collator import GroupCollator
-from copg_kernels.integrations.group_metrics import group_metrics, mean_over_groups
-from copg_kernels.integrations.references import WithReferences, restore_references, save_references
-from copg_kernels.integrations.transformers import HeadInputs, hidden_states_of, read_head
+from copg_kernels.integrations.collator import GroupCollator, first_groups
+from copg_kernels.integrations.group_metrics import group_metrics, mean_over_groups, means, totals
+from copg_kernels.integrations.in_forward import call_in_forward
+from copg_kernels.integrations.references import ReferencesCallback, WithReferences, find_references, restore_references
+from copg_kernels.integrations.trainer_engine import refuse_arguments, refuse_engine, wrap_evaluated_model
+from copg_kernels.integrations.transformers import HeadInputs, read_head
 
 
 class CoPGTrainer(Trainer):
@@ -33,19 +33,24 @@ class CoPGTrainer(Trainer):
 
     A sample of the Trainer is a group: one prompt with its completions and rewards (see `GroupCollator`). So
     per_device_train_batch_size counts prompts, no group is split, and the loss of a step is the mean over all its
-    groups, however gradient accumulation cuts them.
+    groups, however gradient accumulation and processes cut them.
 
     The reference is the policy that the trainer is given. Its log-probs of all training and evaluation rows are
-    computed here, once, by the same kernels, in the order and batches of the data; rows that bring ref_logps keep them.
-    Checkpoints hold them, so that a resumed run keeps its reference whatever model it is built with. The dropout of the
-    model is set to 0: a policy that is not a function of its weights has no log-ratio.
+    computed once, by the same kernels, in the order and batches of the data, spread over the processes: here, or with
+    FSDP2 when training begins, where the model is first sharded. Rows that bring ref_logps keep them. Checkpoints hold
+    them, so that a resumed run keeps its reference whatever model it is built with. The dropout of the model is set to
+    0: a policy that is not a function of its weights has no log-ratio.
+
+    Started by torchrun or accelerate it trains with DDP, or with FSDP2 where args.fsdp is on, and the loss is computed
+    inside of the wrapped model's forward. Losses, gradients and metrics are those of one process with the batches of
+    all: rows that the Trainer repeats to fill the last batch are left out.
 
     Logged in training and evaluation, besides the loss: log_ratio, log_ratio_margin and accuracy of
     `copg_kernels.integrations.group_metrics`.
 
     Args:
         model: a causal model of transformers, or a PeftModel of one, that `read_head` accepts.
-        args: TrainingArguments of one process with at most one GPU.
+        args: TrainingArguments; at most one GPU per process.
         beta: strength of the pull towards the reference, > 0, in units of reward per nat.
         average_logps: mean instead of sum over a completion's tokens.
         sparse_eps: as in `linear_logps`.
@@ -54,7 +59,9 @@ class CoPGTrainer(Trainer):
 
     Raises:
         TypeError, ValueError: what `read_head`, `GroupCollator` and `linear_copg_loss` refuse; datasets without a
-            length, model_init, several processes or GPUs, torch_compile, a router's auxiliary loss, label smoothing.
+            length, model_init, torch_compile, a router's auxiliary loss, label smoothing; several GPUs in a process,
+            DeepSpeed, FSDP1, tensor, context or sequence parallelism, dispatch_batches, even_batches or
+            average_tokens_across_devices turned off.
 
     Reference: Flet-Berliac et al., Contrastive Policy Gradient, EMNLP 2024, https://arxiv.org/abs/2406.19185.
     """
@@ -72,66 +79,87 @@ class CoPGTrainer(Trainer):
         sparse_eps: float | None = None,
         **trainer_options: Any,
     ) -> None:
-        _refuse(model, args, trainer_options)
+        refuse_arguments(model, args, trainer_options)
         trainer_options.setdefault("data_collator", GroupCollator(trainer_options.get("processing_class")))
         trainer_options.setdefault("compute_metrics", _evaluation_metrics)
         super().__init__(model, args, **trainer_options)
+        refuse_engine(self)
         # With a count of groups in every step, this keeps the Trainer from dividing by the accumulation steps.
         self.model_accepts_loss_kwargs = True
         self.beta, self.average_logps, self.sparse_eps = beta, average_logps, sparse_eps
         self._metrics_since_log: list[Tensor] = []
         _set_dropout_to_zero(self.model)
-        self._add_references()
-        self.add_callback(_SaveReferences(self))
+        self._wrap_data_sets()
+        if not self.is_fsdp_enabled:
+            with self.accelerator.autocast():
+                read_head(self.model)
+            self._find_references()
+        self.add_callback(ReferencesCallback(self._find_references, self._references))
 
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: int | None = None,
+        num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """Mean over the batch's groups, or their share of a step of num_items_in_batch groups."""
+        """Mean over the batch's groups, or their share of a step of num_items_in_batch groups of all processes."""
         if "ref_logps" not in inputs:
             raise ValueError("rows must have ref_logps: give the trainer its evaluation sets when it is made")
         group_sizes = inputs["group_sizes"]
-        hidden_states, head = self._head_inputs(model, inputs)
-        output = linear_copg_loss(
-            hidden_states,
-            head.lm_head_weight,
-            inputs["labels"],
-            inputs["ref_logps"],
-            inputs["rewards"],
-            beta=self.beta,
-            cu_groups=nn.functional.pad(group_sizes.cumsum(0), (1, 0)).int(),
-            cu_seqlens=inputs["cu_seqlens"],
-            average_logps=self.average_logps,
-            sparse_eps=self.sparse_eps,
-            **head.options(),
-        )
-        metrics = group_metrics(output.log_ratios, inputs["rewards"], group_sizes)
+
+        def loss_of(hidden_states: Tensor, head: HeadInputs) -> Any:
+            return linear_copg_loss(
+                hidden_states,
+                head.lm_head_weight,
+                inputs["labels"],
+                inputs["ref_logps"],
+                inputs["rewards"],
+                beta=self.beta,
+                cu_groups=nn.functional.pad(group_sizes.cumsum(0), (1, 0)).int(),
+                cu_seqlens=inputs["cu_seqlens"],
+                average_logps=self.average_logps,
+                sparse_eps=self.sparse_eps,
+                **head.options(),
+            )
+
+        output = self._in_forward(model, inputs, loss_of)
+        num_groups = inputs.get("num_groups", len(group_sizes))
+        metrics = group_metrics(output.log_ratios, inputs["rewards"], group_sizes)[:num_groups]
         if model.training:
             self._metrics_since_log.append(metrics)
-        loss = output.loss if num_items_in_batch is None else output.loss * (len(group_sizes) / num_items_in_batch)
+        loss = output.loss
+        if num_items_in_batch is not None:
+            # The engine averages over processes.
+            loss = loss * (num_groups * self.args.world_size / num_items_in_batch)
         return (loss, {"metrics": metrics}) if return_outputs else loss
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, int]:
-        """The micro-batches of a step, and how many groups they hold."""
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, Tensor | None]:
+        """The micro-batches of a step, and how many groups those of all processes hold."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
-        return batches, sum(len(batch["group_sizes"]) for batch in batches)
+        if not batches:
+            return batches, None
+        batches[-1] = self._without_repeats(batches[-1])
+        num_groups = sum(batch.get("num_groups", len(batch["group_sizes"])) for batch in batches)
+        return batches, self.accelerator.reduce(torch.tensor(num_groups, device=self.args.device), "sum")
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Loss of the batch, metrics of its groups in place of logits, and their sizes in place of labels."""
         inputs = self._prepare_inputs(inputs)
+        group_sizes = inputs["group_sizes"]
         with torch.no_grad():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        return (loss, None, None) if prediction_loss_only else (loss, outputs["metrics"], inputs["group_sizes"])
+            loss, outputs = self.compute_loss(model, self._without_repeats(inputs), return_outputs=True)
+        metrics = outputs["metrics"]
+        # What the Trainer gathers has a row per group of the batch; it drops those of repeated groups.
+        missing = len(group_sizes) - len(metrics)
+        metrics = nn.functional.pad(metrics, (0, 0, 0, missing), value=float("nan"))
+        return (loss, None, None) if prediction_loss_only else (loss, metrics, group_sizes)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._metrics_since_log:
-            logs |= mean_over_groups(torch.cat(self._metrics_since_log))
+            logs |= means(self.accelerator.reduce(totals(torch.cat(self._metrics_since_log)), "sum"))
             self._metrics_since_log.clear()
         super().log(logs, start_time)
 
@@ -141,44 +169,60 @@ class CoPGTrainer(Trainer):
             folder = get_last_checkpoint(self.args.output_dir)
         if folder:
             restore_references(Path(folder), self._references())
+        wrap_evaluated_model(self)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         """What the Trainer leaves in a row: the collator's columns, not the arguments of the model's forward."""
         self._signature_columns = ["prompt", "completions", "rewards", "ref_logps"]
 
-    def _head_inputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, HeadInputs]:
-        """States (T, H) that predict the completions' tokens."""
+    def _in_forward(
+        self, model: nn.Module, inputs: Mapping[str, Tensor], function: Callable[[Tensor, HeadInputs], Any]
+    ) -> Any:
+        """function of the states (T, H) that predict the completions' tokens, and of the head."""
+
+        def of_completions(states: Tensor, head: HeadInputs) -> Any:
+            return function(states.flatten(0, 1).index_select(0, inputs["positions"]), head)
+
+        tokens = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         with self.accelerator.autocast():
-            states = hidden_states_of(model, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-            return states.flatten(0, 1).index_select(0, inputs["positions"]), read_head(model)
+            return call_in_forward(model, of_completions, **tokens)
 
-    def _add_references(self) -> None:
+    def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Of an epoch's last batch the groups that the data loader has not put there to fill it."""
+        state, size = self.accelerator.gradient_state, len(inputs["group_sizes"])
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder < 1:
+            return inputs
+        num_groups = min(max(state.remainder - self.args.process_index * size, 0), size)
+        # A process without any computes one all the same, which counts for nothing: its forward is part of the others'.
+        return {**first_groups(inputs, max(num_groups, 1)), "num_groups": num_groups}
+
+    def _wrap_data_sets(self) -> None:
         if self.train_dataset is not None:
-            self.train_dataset = self._with_references(self.train_dataset, self.args.train_batch_size)
-        size = self.args.eval_batch_size
+            self.train_dataset = WithReferences(self.train_dataset)
         if isinstance(self.eval_dataset, Mapping):
-            self.eval_dataset = {name: self._with_references(rows, size) for name, rows in self.eval_dataset.items()}
+            self.eval_dataset = {name: WithReferences(rows) for name, rows in self.eval_dataset.items()}
         elif self.eval_dataset is not None:
-            self.eval_dataset = self._with_references(self.eval_dataset, size)
+            self.eval_dataset = WithReferences(self.eval_dataset)
 
-    @torch.no_grad()
-    def _with_references(self, rows: Any, batch_size: int) -> WithReferences:
-        if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
-            raise ValueError(f"data sets must have a length and be indexable, got {type(rows).__name__}")
+    def _find_references(self) -> None:
+        """Of the data sets that have none yet, under the policy as it is now."""
         self.model.eval()
-        ref_logps: list[list[float]] = []
-        batches = DataLoader(rows, batch_size, collate_fn=self.data_collator)
-        for inputs in tqdm(batches, desc="reference log-probs", disable=self.args.disable_tqdm):
-            inputs = self._prepare_inputs(inputs)
-            logps = inputs["ref_logps"] if "ref_logps" in inputs else self._logps(inputs)
-            ref_logps += [part.tolist() for part in logps.split(inputs["group_sizes"].tolist())]
-        return WithReferences(rows, ref_logps)
+        for name, rows in self._references().items():
+            if rows.ref_logps is None:
+                size = self.args.train_batch_size if name == "train" else self.args.eval_batch_size
+                find_references(rows, size, self.data_collator, self._ref_logps, quiet=self.args.disable_tqdm)
 
-    def _logps(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(N,) log-probs of the completions under the policy as it is now."""
-        hidden_states, head = self._head_inputs(self.model, inputs)
-        per_token_logps = linear_logps(hidden_states, head.lm_head_weight, inputs["labels"], **head.options())
+    def _ref_logps(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(N,) those that the rows bring, or those of the policy."""
+        if "ref_logps" in inputs:
+            return inputs["ref_logps"]
+        inputs = self._prepare_inputs(inputs)
+
+        def logps_of(hidden_states: Tensor, head: HeadInputs) -> Tensor:
+            return linear_logps(hidden_states, head.lm_head_weight, inputs["labels"], **head.options())
+
+        per_token_logps = self._in_forward(self.model, inputs, logps_of)
         return sequence_logps(
             per_token_logps, inputs["labels"], cu_seqlens=inputs["cu_seqlens"], average=self.average_logps
         )
@@ -189,32 +233,8 @@ class CoPGTrainer(Trainer):
         return {name: rows for name, rows in found.items() if rows is not None}
 
 
-class _SaveReferences(TrainerCallback):
-    """Beside every checkpoint the reference it was trained against."""
-
-    def __init__(self, trainer: CoPGTrainer) -> None:
-        self.trainer = trainer
-
-    def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        save_references(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.trainer._references())
-
-
 def _evaluation_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return mean_over_groups(torch.as_tensor(prediction.predictions))
-
-
-def _refuse(model: nn.Module, args: TrainingArguments, trainer_options: Mapping[str, Any]) -> None:
-    if model is None or "model_init" in trainer_options:
-        raise ValueError("model must be given, not model_init: it is the reference policy too")
-    if args.world_size > 1 or args.n_gpu > 1:
-        got = f"{args.world_size} processes and {args.n_gpu} GPUs"
-        raise ValueError(f"args must be of one process that sees at most one GPU (CUDA_VISIBLE_DEVICES), got {got}")
-    if args.torch_compile:
-        raise ValueError("args.torch_compile must be off: the compiled module is the one with the head")
-    if args.label_smoothing_factor:
-        raise ValueError(f"args.label_smoothing_factor must be 0, got {args.label_smoothing_factor}")
-    if getattr(getattr(model, "config", None), "output_router_logits", False):
-        raise ValueError("model.config.output_router_logits must be False: the router's loss is not part of CoPG")
 
 
 def _set_dropout_to_zero(model: nn.Module) -> None:

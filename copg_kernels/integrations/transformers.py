@@ -4,7 +4,7 @@
     hidden_states = hidden_states_of(model, input_ids=input_ids, attention_mask=attention_mask)
     linear_logps(hidden_states[:, :-1], head.lm_head_weight, labels, **head.options())
 
-The model may be one of transformers or a `peft.PeftModel` around it.
+The model may be one of transformers or a `peft.PeftModel` around it; in DDP or FSDP2 it is for `call_in_forward`.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def read_head(model: nn.Module) -> HeadInputs:
         ValueError: the head is not an `nn.Linear` of unsharded floating-point weights, has hooks or a forward of its
             own, carries an adapter other than plain LoRA, or does not give the model's logits.
     """
-    causal = _causal_model(model)
-    head = _read(causal)
+    causal = causal_model(model)
+    head = read_unchecked(causal)
     require_agreement(causal, head)
     return head
 
@@ -90,24 +90,27 @@ def hidden_states_of(model: nn.Module, **batch: Any) -> Tensor:
     """
     if "labels" in batch:
         raise TypeError("batch must not hold labels: they belong to linear_logps")
-    return body_states(_causal_model(model), batch)
+    return body_states(causal_model(model), batch)
 
 
-def _causal_model(model: Any) -> PreTrainedModel:
+def causal_model(model: Any) -> PreTrainedModel:
+    """The model inside of PEFT's wrapper."""
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         refuse_prompt_learning(model)
         model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             "model must be a causal model of transformers or a PeftModel of one, without another wrapper around it "
-            f"(DistributedDataParallel, torch.compile: pass the module inside), got {type(model).__name__}"
+            "(DistributedDataParallel: call_in_forward; torch.compile: pass the module inside), "
+            f"got {type(model).__name__}"
         )
     if not isinstance(model.get_output_embeddings(), nn.Module):
         raise ValueError(f"model must have a language-model head, {type(model).__name__} has none")
     return model
 
 
-def _read(causal: Any) -> HeadInputs:
+def read_unchecked(causal: Any) -> HeadInputs:
+    """`read_head` of the model inside of PEFT's wrapper, without the comparison with its logits."""
     head = causal.get_output_embeddings()
     linear = plain_linear(head)
     weight, bias, dtype = linear.weight, linear.bias, operand_dtype(linear.weight)

@@ -9,6 +9,7 @@ trainer.train()
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,15 +19,18 @@ from trl import RLOOConfig, RLOOTrainer
 from trl.trainer.utils import get_config_model_id, split_tensor_dict
 
 from copg_kernels import linear_copg_loss, linear_logps
-from copg_kernels.integrations.transformers import HeadInputs, hidden_states_of, read_head
+from copg_kernels.integrations.in_forward import call_in_forward
+from copg_kernels.integrations.trainer_engine import refuse_engine, wrap_evaluated_model
+from copg_kernels.integrations.transformers import HeadInputs
 
-# What they must be: a ratio to clip, a loss and a wrapper that CoPGTrainer does not have.
+# What they must be: a ratio to clip, a loss and wrappers that CoPGTrainer does not have.
 _UNSUPPORTED = {
     "epsilon": RLOOConfig.epsilon,
     "epsilon_high": None,
     "normalize_advantages": False,
     "use_liger_kernel": False,
     "torch_compile": False,
+    "deepspeed": None,
 }
 
 
@@ -38,8 +42,8 @@ class CoPGConfig(RLOOConfig):
 
     Raises:
         ValueError: beta <= 0; per_device_train_batch_size (or the evaluation's) is not a multiple of num_generations;
-            epsilon or epsilon_high (there is no ratio to clip), normalize_advantages, use_liger_kernel or torch_compile
-            is set; more than one process.
+            epsilon or epsilon_high (there is no ratio to clip), normalize_advantages, use_liger_kernel, torch_compile
+            or deepspeed is set.
     """
 
     disable_dropout: bool = field(
@@ -54,8 +58,6 @@ class CoPGConfig(RLOOConfig):
         for name, unset in _UNSUPPORTED.items():
             if getattr(self, name) != unset:
                 raise ValueError(f"{name} is not supported by CoPG: it must be {unset}, got {getattr(self, name)}")
-        if self.world_size > 1:
-            raise ValueError(f"CoPGTrainer runs in one process, got a world_size of {self.world_size}")
         _require_whole_groups("train", self.per_device_train_batch_size, "num_generations", self.num_generations)
         if self.eval_strategy != "no":
             size = self.num_generations_eval or self.num_generations
@@ -72,6 +74,10 @@ class CoPGTrainer(RLOOTrainer):
     when completions are sampled. The gradient of the first step on new completions is that of RLOO. In later ones
     (num_iterations, steps_per_generation, an old vLLM) RLOO clips importance ratios; CoPG has none and needs none.
 
+    Several processes train with DDP, or with FSDP2 where args.fsdp is on; the loss is computed inside of the wrapped
+    model's forward. Each process samples completions of its own prompts, per_device_train_batch_size of them, so the
+    gradient is that of one process with the batches of all.
+
     Data, generation, rewards, the reference policy, LoRA (peft_config), callbacks and checkpoints are RLOOTrainer's,
     and so are the metrics: reward, reward_std, rewards/*, kl, completions/*, frac_reward_zero_std. Not logged are the
     clip ratios and the entropy. The loss is a variance: unlike RLOO's its value means something, and it is 0 at the
@@ -85,7 +91,8 @@ class CoPGTrainer(RLOOTrainer):
     Raises:
         TypeError: args is another configuration.
         ValueError: what CoPGConfig and `read_head` refuse; a processor of images, the auxiliary loss of a router, a
-            completion that no reward function scores, an infinite reward, a batch that splits a group.
+            completion that no reward function scores, an infinite reward, a batch that splits a group; DeepSpeed,
+            FSDP1, tensor, context or sequence parallelism.
 
     Reference: Flet-Berliac et al., Contrastive Policy Gradient, EMNLP 2024, https://arxiv.org/abs/2406.19185.
     """
@@ -106,10 +113,15 @@ class CoPGTrainer(RLOOTrainer):
         if not isinstance(args, CoPGConfig):
             raise TypeError(f"args must be a CoPGConfig, got {type(args).__name__}")
         super().__init__(model, reward_funcs, args, **trainer_options)
+        refuse_engine(self)
         if self._is_vlm:
             raise ValueError("processing_class must be a tokenizer: images are not supported by CoPGTrainer")
         if self.aux_loss_enabled:
             raise ValueError("router_aux_loss_coef must be 0.0: the router's loss is not part of CoPG")
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        wrap_evaluated_model(self)
+        return super().train(*args, **kwargs)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """CoPG on TRL's own batch, relative to the policy that sampled it.
@@ -121,20 +133,21 @@ class CoPGTrainer(RLOOTrainer):
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
-        num_labels = inputs["completion_ids"].size(1)
-        hidden_states, labels, head = self._head_inputs(model, input_ids, attention_mask, num_labels)
-        output = linear_copg_loss(
-            hidden_states,
-            head.lm_head_weight,
-            labels,
-            inputs["old_logps"],
-            inputs["advantages"] * ((group_size - 1) / group_size),
-            beta=self.beta,
-            group_size=group_size,
-            temperature=self.temperature,
-            **head.options(),
-        )
-        return output.loss
+
+        def loss_of(hidden_states: Tensor, labels: Tensor, head: HeadInputs) -> Tensor:
+            return linear_copg_loss(
+                hidden_states,
+                head.lm_head_weight,
+                labels,
+                inputs["old_logps"],
+                inputs["advantages"] * ((group_size - 1) / group_size),
+                beta=self.beta,
+                group_size=group_size,
+                temperature=self.temperature,
+                **head.options(),
+            ).loss
+
+        return self._in_forward(model, loss_of, input_ids, attention_mask, inputs["completion_ids"].size(1))
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -146,25 +159,33 @@ class CoPGTrainer(RLOOTrainer):
         **images: Any,
     ) -> tuple[Tensor, None, None]:
         """(B, logits_to_keep), which TRL asks of the policy and of the reference when completions are sampled."""
-        per_token_logps = []
-        for rows in torch.arange(len(input_ids)).split(batch_size or len(input_ids)):
-            batch = input_ids[rows], attention_mask[rows]
-            hidden_states, labels, head = self._head_inputs(model, *batch, logits_to_keep)
-            logps = linear_logps(
-                hidden_states, head.lm_head_weight, labels, temperature=self.temperature, **head.options()
-            )
-            per_token_logps.append(logps)
+
+        def logps_of(hidden_states: Tensor, labels: Tensor, head: HeadInputs) -> Tensor:
+            weight, temperature = head.lm_head_weight, self.temperature
+            return linear_logps(hidden_states, weight, labels, temperature=temperature, **head.options())
+
+        per_token_logps = [
+            self._in_forward(model, logps_of, input_ids[rows], attention_mask[rows], logits_to_keep)
+            for rows in torch.arange(len(input_ids)).split(batch_size or len(input_ids))
+        ]
         return torch.cat(per_token_logps), None, None
 
-    def _head_inputs(
-        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, num_labels: int
-    ) -> tuple[Tensor, Tensor, HeadInputs]:
-        """States that predict the last num_labels tokens, these tokens (-100 where masked), and the head."""
-        with self.accelerator.autocast():
-            states = hidden_states_of(model, input_ids=input_ids, attention_mask=attention_mask)
-            head = read_head(model)
+    def _in_forward(
+        self,
+        model: nn.Module,
+        function: Callable[[Tensor, Tensor, HeadInputs], Tensor],
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        num_labels: int,
+    ) -> Tensor:
+        """function(states that predict the last num_labels tokens, these tokens (-100 where masked), head)."""
         labels = input_ids.masked_fill(attention_mask == 0, -100)[:, -num_labels:]
-        return states[:, -num_labels - 1 : -1], labels, head
+
+        def of_completions(states: Tensor, head: HeadInputs) -> Tensor:
+            return function(states[:, -num_labels - 1 : -1], labels, head)
+
+        with self.accelerator.autocast():
+            return call_in_forward(model, of_completions, input_ids=input_ids, attention_mask=attention_mask)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """RLOOTrainer's, which also shuffles the completions: here groups stay together."""
