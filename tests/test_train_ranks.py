@@ -18,6 +18,7 @@ import torch
 pytest.importorskip("transformers")
 
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from tests.ranks import Ranks
 from tests.test_train import colour_examples, tiny_arguments
@@ -30,8 +31,8 @@ from tests.tiny_models import (
     step_records,
     write_rows,
 )
-from train import checkpoint, run
-from train.config import LOSSES
+from train import checkpoint, run, start, step, two_pass
+from train.config import LOSSES, build_parser, parse_config
 from train.data import Example, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -196,6 +197,39 @@ def test_bfloat16_over_ranks(tmp_path, ranks, triples, model):
     flags = arguments(model, triples, tmp_path, "--dtype", "bfloat16", "--steps", "2", "--parallel", "fsdp")
     assert_succeeds(ranks.run(command, flags))
     assert all(loss == loss for loss in curve(tmp_path, "loss"))
+
+
+# What is shared out
+
+
+def shares(group, flags: list[str]) -> tuple[list[int], int, int]:
+    """Rows of the head that this rank multiplied with in a step, elements it stores, and those of the whole model."""
+    config = parse_config(build_parser(""), flags)
+    run_ = start.start_run(config, *start.load_data(config), torch.device("cpu"))
+    rows, head_product = [], two_pass.parallel_linear_logps
+
+    def recorded(hidden_states, lm_head_shard, *others, **options):
+        rows.append(lm_head_shard.shape[0])
+        return head_product(hidden_states, lm_head_shard, *others, **options)
+
+    two_pass.parallel_linear_logps = recorded
+    try:
+        step.train_step(run_)
+    finally:
+        two_pass.parallel_linear_logps = head_product
+    parameters = list(run_.model.parameters())
+    stored = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    moments = [run_.optimizer.state[p]["exp_avg"] for p in parameters]
+    assert all(isinstance(m, DTensor) == isinstance(p, DTensor) for m, p in zip(moments, parameters, strict=True))
+    return rows, sum(p.numel() for p in stored), sum(p.numel() for p in parameters)
+
+
+@each_way
+def test_a_rank_has_its_share_only(tmp_path, ranks, triples, model, way):
+    """320 rows of the head and, with FSDP2, half of each weight."""
+    rows, stored, whole = zip(*ranks.run(shares, arguments(model, triples, tmp_path, *way)), strict=True)
+    assert rows == (([160], [160]) if "--vocab-parallel" in way else ([], []))
+    assert stored == ((whole[0] // 2,) * 2 if "fsdp" in way else whole)
 
 
 # Checkpoints
