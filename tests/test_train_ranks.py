@@ -383,14 +383,15 @@ def test_one_process_refuses_what_takes_several(tmp_path, ragged, capsys, more):
 # torchrun
 
 
-def torchrun(*flags: str) -> list[str]:
+def torchrun(*flags: str, restarts: int = 0) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return [*launcher, str(ROOT / "train" / "run.py"), *flags]
+    return [*launcher, "--max-restarts", str(restarts), str(ROOT / "train" / "run.py"), *flags]
 
 
-def started(out: Path, flags: list[str], steps: int) -> subprocess.Popen:
+def started(out: Path, flags: list[str], steps: int, restarts: int = 0) -> subprocess.Popen:
     """The command, once it has logged so many steps."""
-    process = subprocess.Popen(torchrun(*flags), stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    launched = torchrun(*flags, restarts=restarts)
+    process = subprocess.Popen(launched, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     log = out / "log.jsonl"
     while not (log.exists() and sum('"step"' in line for line in log.read_text().splitlines()) >= steps):
         assert process.poll() is None, process.stderr.read()
@@ -425,6 +426,16 @@ def test_a_process_that_dies_ends_the_others_and_the_checkpoint_stands(tmp_path,
     flags[flags.index("100000")] = str(step + 2)
     assert run.main([*flags, "--resume"]) == 0
     assert [record["step"] for record in step_records(tmp_path)] == list(range(1, step + 3))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks through /proc")
+def test_restarted_processes_go_on_from_the_checkpoint(tmp_path, ragged):
+    flags = tiny_arguments(ragged, tmp_path, "--steps", "300", "--checkpoint-every", "3")
+    process = started(tmp_path, flags, 4, restarts=1)
+    os.kill(workers(process.pid)[1], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert [record["step"] for record in step_records(tmp_path)] == list(range(1, 301))
 
 
 def test_a_signal_to_torchrun_ends_all_ranks_with_a_checkpoint(tmp_path, ragged):

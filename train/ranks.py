@@ -30,8 +30,11 @@ def joined(device: torch.device, seconds: int) -> Iterator[None]:
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+    backend, timeout = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(seconds=seconds)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    # A restart finds torchrun's store as it was left, with the addresses of processes that are gone.
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     yield
     dist.destroy_process_group()  # not after an error: NCCL would wait for a rank that is gone
 
@@ -43,6 +46,11 @@ def quiet_but_first() -> Iterator[None]:
         if not is_first():
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         yield
+
+
+def are_restarted() -> bool:
+    """Whether torchrun has started the processes once more, after one of them had died (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def size() -> int:

@@ -208,6 +208,8 @@ def log_and_carry_out(run: Run, state: dict | None, writer: Any) -> None:
 def run_on_rank(parser: argparse.ArgumentParser, config: Config, device: torch.device) -> int:
     try:
         config = replace(config, out=ranks.from_all(config.out)[0])  # by default it has the time in it
+        if ranks.are_restarted() and ranks.from_first(lambda: bool(checkpoints(Path(config.out)))):
+            config = replace(config, resume=True)
         run, state = open_run(config, device)
         writer = None
         if config.tensorboard and ranks.is_first():

@@ -45,9 +45,11 @@ from train.log import versions
 from train.model import head_inputs
 from train.optimizer import make_optimizer
 from train.process import pick_device
-from train.run import heldout_margins, mean, train_step
+from train.run import heldout_margins
+from train.spread import Policy
 from train.start import load_data, start_run
 from train.state import DTYPES, Run, batches_in_order
+from train.step import mean, train_step
 
 # Where this experiment departs from the defaults of train/run.py. Docstrings end at some 15,000 tokens, where a uniform
 # softmax is at 2**-13.9: sparse_eps of 2**-14 keeps a quarter of the columns or overflows, 2**-12 a seventh, and 2**-10
@@ -119,7 +121,7 @@ def run_seed(
 def branch(start: Run, sparse_eps: float) -> Run:
     """A run of its own that takes its first CoPG step from where `start` stands."""
     config, model = replace(start.config, sparse_eps=sparse_eps), copy.deepcopy(start.model)
-    return replace(start, config=config, model=model, optimizer=make_optimizer(config, model))
+    return replace(start, config=config, policy=Policy(model), optimizer=make_optimizer(config, model))
 
 
 def train_variant(run: Run, evaluate_every: int, name: str) -> list[dict[str, float]]:

@@ -27,7 +27,7 @@ from train.optimizer import make_optimizer
 from train.rank_checks import check_ranks
 from train.ref_logps import set_ref_logps, weights_digest
 from train.scoring import load_reward
-from train.spread import load_optimizer_state, spread, whole_optimizer_state, whole_weights
+from train.spread import Policy, load_optimizer_state, spread, whole_optimizer_state, whole_weights
 from train.state import DTYPES, Run, device_of, flat_ref_logps, with_ref_logps
 from train.warmup import supervised_warmup
 
@@ -107,7 +107,7 @@ def build_whole(
     trained = pretrained.trained_part(config, model, folder)
     with autocast(device_of(trained), DTYPES[config.dtype]):
         read_head(trained)  # one that is not understood is refused here
-    run = Run(config, trained, None, None, tokenizer, *groups, data_digest)
+    run = Run(config, Policy(trained), None, tokenizer, *groups, data_digest)
     return replace(run, is_packed=attention is not None, reward=reward, base_digest=base_digest, cut=cut)
 
 

@@ -25,8 +25,7 @@ class Run:
     """The groups carry their reference log-probs once training starts; online they are prompts without completions."""
 
     config: Config
-    model: Any  # of transformers, or of peft around it
-    policy: Any  # the same behind `spread.Policy`, DDP or FSDP2: all passes go through it
+    policy: Any  # `spread.Policy` of the model, maybe in DDP: all passes go through it
     optimizer: Any  # AdamW, on the policy's parameters
     tokenizer: PreTrainedTokenizerBase
     train_groups: list[Group]
@@ -41,6 +40,11 @@ class Run:
     sampled: list[list[Group]] = field(default_factory=list)  # online: the groups of steps to come
     reward_sum: float = 0.0  # of the steps taken, for the baseline of REINFORCE
     reward_count: int = 0
+
+    @property
+    def model(self) -> Any:
+        """That of transformers, or of peft around it."""
+        return getattr(self.policy, "module", self.policy).model
 
 
 def device_of(model: nn.Module) -> torch.device:
