@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+# Modules of hooks that gather a weight before forward and let it go after: what they gathered is there.
+_GATHERING = ("torch.distributed.fsdp.", "deepspeed.")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -114,16 +116,12 @@ def _refuse_unless_linear(head: nn.Module) -> None:
 
 
 def _refuse_other_behaviour(head: nn.Module) -> None:
-    hooks = len(head._forward_hooks) + len(head._forward_pre_hooks)
-    if hooks > _hooks_of_fsdp(head):
-        raise ValueError(f"the head must have no forward hooks, which the fused product cannot call, got {hooks}")
+    hooks = [*head._forward_hooks.values(), *head._forward_pre_hooks.values()]
+    others = [hook for hook in hooks if not hook.__module__.startswith(_GATHERING)]
+    if others:
+        raise ValueError(f"the head must have no forward hooks, which the fused product cannot call, got {len(others)}")
     if "forward" in vars(head):
         raise ValueError("the head must have the forward of torch.nn.Linear, got one that was replaced on the instance")
-
-
-def _hooks_of_fsdp(head: nn.Module) -> int:
-    """One before and one after forward: a weight that is there has been gathered by them."""
-    return 2 if isinstance(head, FSDPModule) else 0
 
 
 def _refuse_weight(weight: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""A function of hidden states and head inside of a model's forward, where the hooks of DDP and FSDP2 see it."""
+"""A function of hidden states and head inside of a model's forward, where the hooks of DDP, FSDP2 and ZeRO see it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def call_in_forward(model: nn.Module, function: Callable[[Tensor, HeadInputs], O
 
         loss = call_in_forward(model, lambda states, head: linear_copg_loss(states, head.lm_head_weight, ...), ...)
 
-    For a model that may be wrapped: DDP averages the gradients of what its forward returned, and FSDP2 has the weights
-    of body and head together only while they are called. Neither sees `hidden_states_of` and `read_head`. The logits
-    are not computed. All processes call it together.
+    For a model that may be wrapped: DDP averages the gradients of what its forward returned, and FSDP2 and ZeRO-3 have
+    the weights of body and head together only while they are called. None of them sees `hidden_states_of` and
+    `read_head`. The logits are not computed. All processes call it together.
 
     Args:
-        model: a causal model of transformers, or a PeftModel of one, bare, in DistributedDataParallel, or sharded by
-            `fully_shard`, as `accelerate` does it with fsdp_version 2.
+        model: a causal model of transformers, or a PeftModel of one, bare, in DistributedDataParallel, sharded by
+            `fully_shard`, as `accelerate` does it with fsdp_version 2, or in DeepSpeed's engine (ZeRO 1, 2 or 3).
         function: of hidden_states and head, which are those of `hidden_states_of` and `read_head`, dtypes included; it
             returns a tensor, or a tuple, NamedTuple or dict with tensors. Autocast is off in it.
         batch: what the model's body takes, by name: input_ids (B, L), attention_mask, ...; no labels. For autocast call
@@ -46,8 +46,8 @@ def call_in_forward(model: nn.Module, function: Callable[[Tensor, HeadInputs], O
     """
     if "labels" in batch:
         raise TypeError("batch must not hold labels: they belong to function")
-    causal = causal_model(model.module if isinstance(model, DistributedDataParallel) else model)
-    if any(isinstance(module, FSDPModule) for module in (model, causal, causal.get_output_embeddings())):
+    causal = causal_model(model.module if _is_wrapper(model) else model)
+    if _is_sharded(model, causal):
         require_agreement_in_forward(model, causal, partial(_call, model, causal))
     else:
         read_head(causal)
@@ -59,6 +59,17 @@ def call_in_forward(model: nn.Module, function: Callable[[Tensor, HeadInputs], O
     return _call(model, causal, without_autocast, batch)
 
 
+def _is_wrapper(model: nn.Module) -> bool:
+    # DeepSpeed is no dependency, and its import takes seconds.
+    return isinstance(model, DistributedDataParallel) or type(model).__module__.startswith("deepspeed.")
+
+
+def _is_sharded(model: nn.Module, causal: Any) -> bool:
+    head = causal.get_output_embeddings()
+    of_zero = any(hasattr(parameter, "ds_id") for parameter in head.parameters())
+    return of_zero or any(isinstance(module, FSDPModule) for module in (model, causal, head))
+
+
 def _call(model: nn.Module, causal: Any, function: Callable, batch: dict[str, Any]) -> Any:
     head, made = causal.get_output_embeddings(), []
 
@@ -68,8 +79,7 @@ def _call(model: nn.Module, causal: Any, function: Callable, batch: dict[str, An
 
     def forward(**inputs: Any) -> Any:
         # Wrappers add arguments and move tensors: the body takes ours, as they arrive.
-        head(decoder_of(causal)(use_cache=False, **{name: inputs[name] for name in batch})[0])
-        return made[0]
+        return head(decoder_of(causal)(use_cache=False, **{name: inputs[name] for name in batch})[0])
 
     with _next_forward(causal, forward), _next_forward(head, in_place_of_logits):
         returned = model(**batch)
