@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import textwrap
 
 import pytest
@@ -128,6 +129,27 @@ def test_the_policy_starts_at_its_reference_exactly(tmp_path):
     trainer.train()
     assert trainer.state.log_history[-2]["log_ratio"] == pytest.approx(0, abs=1e-5)
     assert trainer.evaluate()["eval_log_ratio"] != 0
+
+
+def plain_entropy(model, row) -> torch.Tensor:
+    """Mean over the completions of each one's mean entropy, in nats per token."""
+    means = []
+    for completion in row["completions"]:
+        logits = model(torch.tensor([row["prompt"] + completion])).logits[0, len(row["prompt"]) - 1 : -1]
+        means.append(-(logits.log_softmax(-1) * logits.softmax(-1)).sum(-1).mean())
+    return torch.stack(means).mean()
+
+
+def test_entropy_is_logged_where_it_is_to_be_had(tmp_path):
+    rows = make_rows(5)
+    trainer = make_trainer(tmp_path, rows, eval_dataset=rows, per_device_eval_batch_size=2, max_steps=1)
+    with torch.no_grad():
+        expected = torch.stack([plain_entropy(make_model().eval(), row) for row in rows])
+    assert trainer.evaluate()["eval_entropy"] == pytest.approx(expected.mean().item(), rel=1e-5)
+    trainer.train()
+    assert 0 < trainer.state.log_history[-2]["entropy"] < math.log(make_model().config.vocab_size)
+    trainer.sparse_eps = 0.5
+    assert "eval_entropy" not in trainer.evaluate()
 
 
 def test_evaluation_over_uneven_batches(tmp_path):

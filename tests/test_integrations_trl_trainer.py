@@ -162,7 +162,18 @@ def test_completions_are_used_again(tmp_path):
     assert calls == [8, 8] and trainer.state.global_step == 8
 
 
-METRICS = ["loss", "reward", "reward_std", "kl", "frac_reward_zero_std", "rewards/count_of_a/mean"]
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_the_entropy_is_that_of_rloo(tmp_path, mode):
+    trainers = make_trainer(tmp_path / "copg"), make_trainer(tmp_path / "rloo", RLOOTrainer, RLOOConfig)
+    for trainer in trainers:
+        inputs = sample(trainer)
+        trainer.model.train(mode == "train")
+        trainer.compute_loss(trainer.model, inputs)
+    (ours,), (theirs,) = (trainer._metrics[mode]["entropy"] for trainer in trainers)
+    assert ours == pytest.approx(theirs, rel=1e-5) and ours > 0.1
+
+
+METRICS = ["loss", "reward", "reward_std", "kl", "entropy", "frac_reward_zero_std", "rewards/count_of_a/mean"]
 METRICS += ["completions/mean_length", "completions/clipped_ratio", "completions/max_terminated_length", "grad_norm"]
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-METRICS = ("log_ratio", "log_ratio_margin", "accuracy")
+METRICS = ("log_ratio", "log_ratio_margin", "accuracy", "entropy")
 
 
-def group_metrics(log_ratios: Tensor, rewards: Tensor, group_sizes: Tensor) -> Tensor:
-    """(G, 3), one row per group, one column per name of METRICS.
+def group_metrics(log_ratios: Tensor, rewards: Tensor, group_sizes: Tensor, entropy: Tensor | None = None) -> Tensor:
+    """(G, 4), one row per group, one column per name of METRICS; (G, 3) without entropy.
 
     With l = log pi - log pi_ref of each completion, (N,):
         log_ratio         mean of l; minus the KL divergence from the reference where that sampled the completions
         log_ratio_margin  mean of l_i - l_j over the pairs with rewards_i > rewards_j, in nats; NaN without such pairs
         accuracy          share of those pairs with l_i > l_j; NaN without such pairs
+        entropy           mean of `entropy` (N,), of each completion in nats per token
 
     Nothing synchronises with the host.
     """
@@ -29,7 +30,10 @@ def group_metrics(log_ratios: Tensor, rewards: Tensor, group_sizes: Tensor) -> T
     num_pairs = total(better.sum(1))  # 0 / 0 = NaN is meant
     margins = total(gaps.where(better, 0.0).sum(1)) / num_pairs
     accuracies = total((better & (gaps > 0)).sum(1)) / num_pairs
-    return torch.stack([total(log_ratios) / group_sizes, margins, accuracies], dim=1)
+    columns = [total(log_ratios) / group_sizes, margins, accuracies]
+    if entropy is not None:
+        columns.append(total(entropy) / group_sizes)
+    return torch.stack(columns, dim=1)
 
 
 def mean_over_groups(table: Tensor) -> dict[str, float]:
@@ -38,9 +42,9 @@ def mean_over_groups(table: Tensor) -> dict[str, float]:
 
 
 def totals(table: Tensor) -> Tensor:
-    """(2, 3): sum of each column over the groups that have it, and their number; those of several tables add up."""
+    """(2, columns): the sum of each over the groups that have it, and their number; those of several tables add up."""
     return torch.stack([table.nansum(0), (~table.isnan()).sum(0).to(table.dtype)])
 
 
 def means(totals: Tensor) -> dict[str, float]:
-    return dict(zip(METRICS, (totals[0] / totals[1]).tolist(), strict=True))
+    return dict(zip(METRICS, (totals[0] / totals[1]).tolist(), strict=False))  # entropy is last, where there is one

@@ -45,8 +45,8 @@ class CoPGTrainer(Trainer):
     inside of the wrapped model's forward. Losses, gradients and metrics are those of one process with the batches of
     all: rows that the Trainer repeats to fill the last batch are left out.
 
-    Logged in training and evaluation, besides the loss: log_ratio, log_ratio_margin and accuracy of
-    `copg_kernels.integrations.group_metrics`.
+    Logged in training and evaluation, besides the loss: log_ratio, log_ratio_margin, accuracy and, unless sparse_eps is
+    given, entropy, of `copg_kernels.integrations.group_metrics`.
 
     Args:
         model: a causal model of transformers, or a PeftModel of one, that `read_head` accepts.
@@ -108,8 +108,8 @@ class CoPGTrainer(Trainer):
             raise ValueError("rows must have ref_logps: give the trainer its evaluation sets when it is made")
         group_sizes = inputs["group_sizes"]
 
-        def loss_of(hidden_states: Tensor, head: HeadInputs) -> Any:
-            return linear_copg_loss(
+        def loss_of(hidden_states: Tensor, head: HeadInputs) -> dict[str, Tensor | None]:
+            output = linear_copg_loss(
                 hidden_states,
                 head.lm_head_weight,
                 inputs["labels"],
@@ -120,15 +120,19 @@ class CoPGTrainer(Trainer):
                 cu_seqlens=inputs["cu_seqlens"],
                 average_logps=self.average_logps,
                 sparse_eps=self.sparse_eps,
+                return_entropy=self.sparse_eps is None,
                 **head.options(),
             )
+            return dict(loss=output.loss, log_ratios=output.log_ratios, entropy=output.entropy)
 
         output = self._in_forward(model, inputs, loss_of)
-        num_groups = inputs.get("num_groups", len(group_sizes))
-        metrics = group_metrics(output.log_ratios, inputs["rewards"], group_sizes)[:num_groups]
+        num_groups, entropy = inputs.get("num_groups", len(group_sizes)), output["entropy"]
+        if entropy is not None:
+            entropy = sequence_logps(entropy, inputs["labels"], cu_seqlens=inputs["cu_seqlens"], average=True)
+        metrics = group_metrics(output["log_ratios"], inputs["rewards"], group_sizes, entropy)[:num_groups]
         if model.training:
             self._metrics_since_log.append(metrics)
-        loss = output.loss
+        loss = output["loss"]
         if num_items_in_batch is not None:
             # The engine averages over processes.
             loss = loss * (num_groups * self.args.world_size / num_items_in_batch)

@@ -19,7 +19,7 @@ from trl import RLOOConfig, RLOOTrainer
 from trl.trainer.utils import get_config_model_id, split_tensor_dict
 
 from copg_kernels import linear_copg_loss, linear_logps
-from copg_kernels.integrations.in_forward import call_in_forward
+from copg_kernels.integrations.in_forward import Outputs, call_in_forward
 from copg_kernels.integrations.trainer_engine import refuse_engine, wrap_evaluated_model
 from copg_kernels.integrations.transformers import HeadInputs
 
@@ -79,9 +79,9 @@ class CoPGTrainer(RLOOTrainer):
     gradient is that of one process with the batches of all.
 
     Data, generation, rewards, the reference policy, LoRA (peft_config), callbacks and checkpoints are RLOOTrainer's,
-    and so are the metrics: reward, reward_std, rewards/*, kl, completions/*, frac_reward_zero_std. Not logged are the
-    clip ratios and the entropy. The loss is a variance: unlike RLOO's its value means something, and it is 0 at the
-    optimal policy.
+    and so are the metrics: reward, reward_std, rewards/*, kl, entropy, completions/*, frac_reward_zero_std; there is no
+    clip ratio to log. The loss is a variance: unlike RLOO's its value means something, and it is 0 at the optimal
+    policy.
 
     Args:
         model: one that `read_head` accepts, or its name.
@@ -134,8 +134,8 @@ class CoPGTrainer(RLOOTrainer):
         input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
 
-        def loss_of(hidden_states: Tensor, labels: Tensor, head: HeadInputs) -> Tensor:
-            return linear_copg_loss(
+        def loss_of(hidden_states: Tensor, labels: Tensor, head: HeadInputs) -> tuple[Tensor, Tensor]:
+            output = linear_copg_loss(
                 hidden_states,
                 head.lm_head_weight,
                 labels,
@@ -144,10 +144,17 @@ class CoPGTrainer(RLOOTrainer):
                 beta=self.beta,
                 group_size=group_size,
                 temperature=self.temperature,
+                return_entropy=True,
                 **head.options(),
-            ).loss
+            )
+            assert output.entropy is not None
+            return output.loss, torch.stack([output.entropy.sum(), (labels != -100).sum()])
 
-        return self._in_forward(model, loss_of, input_ids, attention_mask, inputs["completion_ids"].size(1))
+        num_labels = inputs["completion_ids"].size(1)
+        loss, entropy = self._in_forward(model, loss_of, input_ids, attention_mask, num_labels)
+        total, num_tokens = self.accelerator.reduce(entropy, "sum").tolist()
+        self._metrics["train" if self.model.training else "eval"]["entropy"].append(total / max(num_tokens, 1.0))
+        return loss
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -173,15 +180,15 @@ class CoPGTrainer(RLOOTrainer):
     def _in_forward(
         self,
         model: nn.Module,
-        function: Callable[[Tensor, Tensor, HeadInputs], Tensor],
+        function: Callable[[Tensor, Tensor, HeadInputs], Outputs],
         input_ids: Tensor,
         attention_mask: Tensor,
         num_labels: int,
-    ) -> Tensor:
+    ) -> Outputs:
         """function(states that predict the last num_labels tokens, these tokens (-100 where masked), head)."""
         labels = input_ids.masked_fill(attention_mask == 0, -100)[:, -num_labels:]
 
-        def of_completions(states: Tensor, head: HeadInputs) -> Tensor:
+        def of_completions(states: Tensor, head: HeadInputs) -> Outputs:
             return function(states[:, -num_labels - 1 : -1], labels, head)
 
         with self.accelerator.autocast():
