@@ -88,6 +88,8 @@ def build_run(
     run = ranks.together(lambda: build_whole(config, examples, data_digest, device, state))
     check_ranks(config, run.model, data_digest, run.train_groups)
     policy = spread(config, run.model, device)
+    with torch.no_grad(), autocast(device, DTYPES[config.dtype]):
+        policy(lambda model: read_head(model).logit_scale)  # a head that is not understood is refused here
     # FSDP2 has put shards in the place of the parameters.
     return replace(run, policy=policy, optimizer=make_optimizer(config, run.model))
 
@@ -105,8 +107,6 @@ def build_whole(
     if state is not None and base_digest != state["base_digest"]:
         raise ValueError(f"--resume: the weights of {config.model} have changed since {folder} was written")
     trained = pretrained.trained_part(config, model, folder)
-    with autocast(device_of(trained), DTYPES[config.dtype]):
-        read_head(trained)  # one that is not understood is refused here
     run = Run(config, Policy(trained), None, tokenizer, *groups, data_digest)
     return replace(run, is_packed=attention is not None, reward=reward, base_digest=base_digest, cut=cut)
 

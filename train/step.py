@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from train import ranks
-from train.batch import Group, num_completions, num_tokens
+from train.batch import Group, num_completions, num_tokens, singles
 from train.model import head_operands
 from train.objective import Objective, head_difference, objective, reward_margin, step_loss
 from train.online import next_groups, sample_statistics
@@ -61,9 +61,11 @@ def mean(values: Sequence[float]) -> float:
 
 def backward(run: Run, groups: Sequence[Group], baseline: float) -> Outcome:
     """Adds the gradient of the step's loss to the parameters', in the cheapest of the ways that are exact."""
-    micro_batch, most = run.config.micro_batch, -(-num_completions(groups) // ranks.size())
-    in_parts = bool(micro_batch) and most > micro_batch
-    if not in_parts and not run.config.vocab_parallel and len(groups) >= ranks.size():
+    whole_groups = len(groups) >= ranks.size() and not run.config.vocab_parallel
+    items = groups if whole_groups else singles(groups)
+    most = max(num_completions(ranks.share(items, rank)) for rank in range(ranks.size()))
+    in_parts = 0 < run.config.micro_batch < most
+    if whole_groups and not in_parts:
         return backward_on_own_groups(run, groups, baseline)
     batch = pack_for(run, groups)
     loss = step_loss(run.config, batch, baseline)
