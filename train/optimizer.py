@@ -6,14 +6,17 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from train.config import Config
 from train.spread import whole
 from train.state import Run
 
 
-def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def make_optimizer(config: Config, policy: nn.Module) -> torch.optim.Optimizer:
+    if isinstance(policy, FSDPModule):
+        policy.reshard()  # after a forward pass without gradients the whole parameters are still in place of the shards
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
 
 

@@ -90,8 +90,7 @@ def build_run(
     policy = spread(config, run.model, device)
     with torch.no_grad(), autocast(device, DTYPES[config.dtype]):
         policy(lambda model: read_head(model).logit_scale)  # a head that is not understood is refused here
-    # FSDP2 has put shards in the place of the parameters.
-    return replace(run, policy=policy, optimizer=make_optimizer(config, run.model))
+    return replace(run, policy=policy, optimizer=make_optimizer(config, policy))
 
 
 def build_whole(

@@ -25,7 +25,7 @@ def supervised_warmup(run: Run) -> None:
         indices = step_indices(step, len(groups), 4 * config.prompts_per_step, config.seed)
         nll = likelihood_step(run, [groups[i] for i in indices], config.sft_lr * warmup_factor(config, step))
         bar.set_postfix(nll=f"{nll:.3f}")
-    run.optimizer = make_optimizer(config, run.model)
+    run.optimizer = make_optimizer(config, run.policy)
 
 
 def likelihood_step(run: Run, groups: Sequence[Group], lr: float) -> float:
