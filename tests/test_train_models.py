@@ -29,7 +29,7 @@ from train import checkpoint, pretrained, run, start
 from train.batch import tokenize
 from train.config import Config
 from train.data import Example, write_jsonl
-from train.optimizer import learning_rate
+from train.optimizer import gradient_norm, learning_rate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -96,6 +96,15 @@ def test_dropout_is_off(tmp_path, pairs, model):
     """The model was saved with attention dropout; in training mode it would move the log-ratios from zero."""
     run_ = begun_run(model, pairs, tmp_path, "--gradient-checkpointing")
     assert run_.model.training and run.heldout_margins(run_) == [0.0] * 4
+
+
+def test_the_norm_that_clips_is_of_all_gradients():
+    """A hundred thousand numbers, of which float32 would lose the fifth digit; one parameter has no gradient."""
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (100_000, 3, 1)]
+    for parameter in parameters[:2]:
+        parameter.grad = torch.randn_like(parameter)
+    expected = torch.cat([parameter.grad for parameter in parameters[:2]]).double().square().sum().sqrt()
+    assert gradient_norm(parameters).item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_schedules_by_hand():
