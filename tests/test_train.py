@@ -53,11 +53,21 @@ def colour_examples(count: int) -> list[Example]:
     return examples
 
 
-@pytest.fixture(scope="module")
-def colours(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "colours.jsonl"
+def write_colours(path: Path) -> Path:
     write_jsonl(path, colour_examples(20))
     return path
+
+
+def write_triples(path: Path) -> Path:
+    """Groups of three, of different lengths."""
+    examples = [example for example in colour_examples(40) if len(example.completions) == 3]
+    write_jsonl(path, [Example(e.prompt, [*e.completions[:2], "it " * 4], e.rewards) for e in examples])
+    return path
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory) -> Path:
+    return write_colours(tmp_path_factory.mktemp("data") / "colours.jsonl")
 
 
 def tiny_arguments(data: Path, out: Path, *more: str) -> list[str]:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from tests.ranks import Ranks
-from tests.test_train import colour_examples, tiny_arguments
+from tests.test_train import tiny_arguments, write_colours, write_triples
 from tests.tiny_models import (
     arguments,
     assert_same_checkpoint,
@@ -33,7 +33,6 @@ from tests.tiny_models import (
 )
 from train import checkpoint, run, start, step, two_pass
 from train.config import LOSSES, build_parser, parse_config
-from train.data import Example, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,18 +68,12 @@ def both(alone, ranks):
 
 @pytest.fixture(scope="module")
 def triples(tmp_path_factory) -> Path:
-    """Groups of three, of different lengths."""
-    path = tmp_path_factory.mktemp("data") / "triples.jsonl"
-    examples = [example for example in colour_examples(40) if len(example.completions) == 3]
-    write_jsonl(path, [Example(e.prompt, [*e.completions[:2], "it " * 4], e.rewards) for e in examples])
-    return path
+    return write_triples(tmp_path_factory.mktemp("data") / "triples.jsonl")
 
 
 @pytest.fixture(scope="module")
 def ragged(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "ragged.jsonl"
-    write_jsonl(path, colour_examples(20))
-    return path
+    return write_colours(tmp_path_factory.mktemp("data") / "ragged.jsonl")
 
 
 @pytest.fixture(scope="module")

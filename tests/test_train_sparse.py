@@ -12,19 +12,16 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from tests.test_train import colour_examples, step_records, tiny_arguments, tiny_config
+from tests.test_train import step_records, tiny_arguments, tiny_config, write_colours
 from train import run, sparse_learning
 from train.config import config_differences
-from train.data import write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "colours.jsonl"
-    write_jsonl(path, colour_examples(20))
-    return path
+    return write_colours(tmp_path_factory.mktemp("data") / "colours.jsonl")
 
 
 def losses(out: Path) -> list[float]:

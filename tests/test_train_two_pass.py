@@ -10,11 +10,10 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tests.test_train import colour_examples
+from tests.test_train import write_colours, write_triples
 from tests.tiny_models import arguments, begun_run, needs_peft, save_tiny_model, step_records
 from train import run
 from train.config import LOSSES
-from train.data import Example, write_jsonl
 from train.model import head_operands
 from train.objective import objective, step_loss
 from train.state import DTYPES, Run, batches_in_order, differentiable_logps, pack_for
@@ -26,18 +25,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Groups of three, of different lengths."""
-    path = tmp_path_factory.mktemp("data") / "triples.jsonl"
-    examples = [example for example in colour_examples(40) if len(example.completions) == 3]
-    write_jsonl(path, [Example(e.prompt, [*e.completions[:2], "it " * 4], e.rewards) for e in examples])
-    return path
+    return write_triples(tmp_path_factory.mktemp("data") / "triples.jsonl")
 
 
 @pytest.fixture(scope="module")
 def ragged(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "ragged.jsonl"
-    write_jsonl(path, colour_examples(20))
-    return path
+    return write_colours(tmp_path_factory.mktemp("data") / "ragged.jsonl")
 
 
 @pytest.fixture(scope="module")
