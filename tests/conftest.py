@@ -12,15 +12,25 @@ if not torch.cuda.is_available():
 import pytest
 
 from copg_kernels.kernels.language import INTERPRETING, triton
+from tests import interpreter
+
+if INTERPRETING:
+    interpreter.install()
 
 # Under xdist the workers share the cores; each would take all of them, and mostly wait for the others.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# The interpreter multiplies the raw bits of bfloat16: that type needs a GPU.
-KERNEL_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
+KERNEL_DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BACKENDS = ["torch"] + (["triton"] if DEVICE.type == "cuda" or INTERPRETING else [])
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz-cases", type=int, help="random calls per backend in tests/test_fuzz.py; a minute's by default"
+    )
+    parser.addoption("--fuzz-first", type=int, default=0, help="number of the first of them; each number is one case")
 
 
 def pytest_report_header() -> str:
