@@ -169,8 +169,12 @@ def _specification(case: Case) -> tuple:
         types = dict.fromkeys(names, "*i64") | {
             "cu_seqlens_ptr": "*i32",
             "cu_groups_ptr": "*i32",
+            "group_losses_ptr": "*fp64",
             "beta": "fp32",
+            "beta_rest": "fp32",
         }
+        if case.epilogue == "full":
+            types |= dict.fromkeys(("ref_logps_ptr", "rewards_ptr"), "*fp64")
         constants = dict(AVERAGE=case.epilogue == "full", BLOCK_T=contrast.BLOCK_T, BLOCK_K=contrast.BLOCK_K)
         return *_signature(_contrast_kernel, types, constants), launch_options(hip=case.target.startswith("gfx"))
     return _head_specification(case, element)

@@ -6,11 +6,13 @@
     coefficients_i = dloss / dlogp_t for every counted token t of completion i
                    = -(A_i - mean A) / ((k - 1) G)  [/ number of counted tokens, for means]
 
-which is -(A_i - leave-one-out mean) / (k G) written without the O(k^2) loop. Fixed order, every output written once.
+which is -(A_i - leave-one-out mean) / (k G) written without the O(k^2) loop. Everything per completion is computed in
+float64, where a reward of 1e7 still tells its neighbours apart. Fixed order, every output written once.
 """
 
 from __future__ import annotations
 
+import ctypes
 from typing import NamedTuple
 
 import torch
@@ -31,8 +33,8 @@ class Completions(NamedTuple):
 
     cu_seqlens: Tensor  # (N + 1,) int32
     cu_groups: Tensor  # (G + 1,) int32
-    ref_logps: Tensor  # (N,) float32
-    rewards: Tensor  # (N,) float32
+    ref_logps: Tensor  # (N,) of any floating-point dtype, like rewards
+    rewards: Tensor  # (N,)
     beta: float
     average: bool
     num_groups: int
@@ -55,6 +57,13 @@ class Contrast(NamedTuple):
 
 
 @jit
+def _regularized(logps, ref_logps, rewards, beta):
+    """float32 logps, and the others as they were given -> A and log-ratio in float64."""
+    log_ratio = logps.to(tl.float64) - ref_logps.to(tl.float64)
+    return rewards.to(tl.float64) - beta * log_ratio, log_ratio
+
+
+@jit
 def _contrast_kernel(
     partial_max_ptr,  # (S, R) float32
     partial_sum_ptr,  # (S, R) float32
@@ -63,9 +72,9 @@ def _contrast_kernel(
     num_rows_ptr,  # (1,) int64
     cu_seqlens_ptr,  # (N + 1,) int32
     cu_groups_ptr,  # (G + 1,) int32
-    ref_logps_ptr,  # (N,) float32
-    rewards_ptr,  # (N,) float32
-    group_losses_ptr,  # (G,) float32, out
+    ref_logps_ptr,  # (N,)
+    rewards_ptr,  # (N,)
+    group_losses_ptr,  # (G,) float64, out
     logps_ptr,  # (N,) float32, out
     regularized_rewards_ptr,  # (N,) float32, out
     log_ratios_ptr,  # (N,) float32, out
@@ -77,6 +86,7 @@ def _contrast_kernel(
     num_splits,
     num_groups,
     beta,
+    beta_rest,  # what a float32 leaves of beta
     AVERAGE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -85,9 +95,11 @@ def _contrast_kernel(
     num_rows = tl.load(num_rows_ptr)
     first = tl.load(cu_groups_ptr + group)
     last = tl.load(cu_groups_ptr + group + 1)
+    k = (last - first).to(tl.float64)
+    wide_beta = tl.cast(beta, tl.float64) + tl.cast(beta_rest, tl.float64)
 
     # 1. Token log-probs, their sum, and the regularised reward of each completion.
-    total_reward = tl.zeros((), dtype=tl.float64)
+    mean_reward = tl.zeros((), dtype=tl.float64)
     for i in range(first, last):
         end = tl.load(cu_seqlens_ptr + i + 1)
         token_sums = tl.zeros((BLOCK_T,), dtype=tl.float64)
@@ -113,30 +125,34 @@ def _contrast_kernel(
             per_token = (1.0 / count).to(tl.float32)
         # Rounded before the difference: at pi = pi_ref the stored ref_logps must cancel to exactly 0.
         logps = logps.to(tl.float32)
-        log_ratio = logps - tl.load(ref_logps_ptr + i)
-        regularized_reward = tl.load(rewards_ptr + i) - beta * log_ratio
+        regularized_reward, log_ratio = _regularized(
+            logps, tl.load(ref_logps_ptr + i), tl.load(rewards_ptr + i), wide_beta
+        )
         tl.store(logps_ptr + i, logps)
-        tl.store(log_ratios_ptr + i, log_ratio)
-        tl.store(regularized_rewards_ptr + i, regularized_reward)
+        tl.store(log_ratios_ptr + i, log_ratio.to(tl.float32))
+        tl.store(regularized_rewards_ptr + i, regularized_reward.to(tl.float32))
         tl.store(coefficients_ptr + i, per_token)
-        total_reward += regularized_reward.to(tl.float64)
+        mean_reward += regularized_reward / k
 
     # 2. The group's baseline, loss and coefficients. The barrier makes step 1's stores visible to the whole program.
     tl.debug_barrier()
-    k = (last - first).to(tl.float64)
-    mean_reward = total_reward / k
     square_sums = tl.zeros((BLOCK_K,), dtype=tl.float64)
     for start in range(first, last, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
         mask_k = offs_k < last
-        regularized_rewards = tl.load(regularized_rewards_ptr + offs_k, mask=mask_k, other=0.0)
-        centered = tl.where(mask_k, regularized_rewards.to(tl.float64) - mean_reward, 0.0)
+        # Once more from the log-probs, for regularized_rewards_ptr holds them rounded.
+        regularized_rewards, _ = _regularized(
+            tl.load(logps_ptr + offs_k, mask=mask_k, other=0.0),
+            tl.load(ref_logps_ptr + offs_k, mask=mask_k, other=0.0),
+            tl.load(rewards_ptr + offs_k, mask=mask_k, other=0.0),
+            wide_beta,
+        )
+        centered = tl.where(mask_k, regularized_rewards - mean_reward, 0.0)
         square_sums += centered * centered
         per_token = tl.load(coefficients_ptr + offs_k, mask=mask_k, other=0.0)
         coefficients = per_token.to(tl.float64) * -centered / ((k - 1) * num_groups)
         tl.store(coefficients_ptr + offs_k, coefficients.to(tl.float32), mask=mask_k)
-    loss = tl.sum(square_sums, 0) / ((k - 1) * 2.0 * beta)
-    tl.store(group_losses_ptr + group, loss.to(tl.float32))
+    tl.store(group_losses_ptr + group, tl.sum(square_sums, 0) / ((k - 1) * 2.0 * wide_beta))
 
 
 def launch_options(hip: bool) -> dict[str, int]:
@@ -149,18 +165,19 @@ def contrast_fwd(partials: Partials, rows: PackedRows, completions: Completions)
     new = partials.max.new_empty
     T, (num_splits, R) = rows.position.numel(), partials.max.shape
     N, G = completions.rewards.numel(), completions.cu_groups.numel() - 1
-    group_losses = new((G,))
+    group_losses = new((G,), dtype=torch.float64)
+    beta = ctypes.c_float(completions.beta).value
     logps, regularized_rewards, log_ratios, coefficients = (new((N,)) for _ in range(4))
     per_token_logps, lse = new((T,)), new((2, T))
     _contrast_kernel[(G,)](
         partials.max, partials.sum, partials.label_logits, rows.position, rows.num_rows,
         completions.cu_seqlens, completions.cu_groups, completions.ref_logps, completions.rewards,
         group_losses, logps, regularized_rewards, log_ratios, coefficients, per_token_logps, lse,
-        T, R, num_splits, completions.num_groups, float(completions.beta),
+        T, R, num_splits, completions.num_groups, beta, completions.beta - beta,
         AVERAGE=completions.average, BLOCK_T=BLOCK_T, BLOCK_K=BLOCK_K, **launch_options(torch.version.hip is not None),
     )  # fmt: skip
     return Contrast(
-        group_losses.sum() / completions.num_groups,
+        (group_losses.sum() / completions.num_groups).to(logps.dtype),
         logps,
         regularized_rewards,
         log_ratios,
@@ -179,21 +196,21 @@ def contrast_fwd_torch(partials: Partials, rows: PackedRows, completions: Comple
     if completions.average:
         counts = segment_sum(rows.position < rows.num_rows, completions.cu_seqlens)
     logps = (sums / counts).to(per_token_logps.dtype)
-    log_ratios = logps - completions.ref_logps
-    regularized_rewards = completions.rewards - completions.beta * log_ratios
+    log_ratios = logps.double() - completions.ref_logps.double()
+    regularized_rewards = completions.rewards.double() - completions.beta * log_ratios
 
     sizes = completions.cu_groups.diff().long()
     group = torch.repeat_interleave(sizes, output_size=logps.numel())
     means = segment_sum(regularized_rewards, completions.cu_groups) / sizes
-    centered = regularized_rewards.double() - means[group]
+    centered = regularized_rewards - means[group]
     # Integers times a Python number would be a float32.
     group_losses = segment_sum(centered**2, completions.cu_groups) / (sizes - 1) / (2 * completions.beta)
     coefficients = -centered / ((sizes - 1)[group] * completions.num_groups * counts)
     return Contrast(
         (group_losses.sum() / completions.num_groups).to(logps.dtype),
         logps,
-        regularized_rewards,
-        log_ratios,
+        regularized_rewards.to(logps.dtype),
+        log_ratios.to(logps.dtype),
         coefficients.to(logps.dtype),
         per_token_logps,
         lse,
