@@ -4,9 +4,10 @@
     tile[r, label[r]]  = slope * expm1(logp[r]) / factor[r]
     factor * tile      = slope * (softmax - onehot)                        slope: the cap's derivative
 
-One entry of a row is written, the others stay as they are. Where lse is too far above a row's reference for that, the
+One entry of a row is written, the others stay as they are. Where lse is too far from a row's reference for that, the
 kernel says so, takes lse as the reference of the whole block of rows, and `softmax_minus_label` computes the block's
-tile once more, on the device's own decision.
+tile once more, on the device's own decision. Too far above the reference, the tile overflows. Too far below it, the
+factor does: at a low temperature the rounding of a bfloat16 reference is tens of nats.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _place_labels_kernel(
     reference = tl.load(reference_ptr + offs_n, mask=mask_n, other=0.0)
     lse = tl.load(lse_ptr + rows, mask=mask_n, other=0.0)
     residual = tl.load(lse_ptr + tl.cast(T, tl.int64) + rows, mask=mask_n, other=0.0)
-    redo = tl.max(lse - reference, 0) > FARTHEST
+    redo = tl.max(tl.abs(lse - reference), 0) > FARTHEST
     distance = residual + tl.where(redo, 0.0, lse - reference)
     tl.store(redo_ptr + tl.program_id(0), redo.to(tl.int32))
     tl.store(factor_ptr + offs_n, tl.where(mask_n, tl.exp(-distance), 0.0), mask=offs_n < R)
