@@ -1,9 +1,10 @@
 """The loss family around CoPG, on sequence log-probabilities; one signature, so that each can stand in for another.
 
-All take (logps, ref_logps, rewards, *, beta, group_size=2): (N,) tensors of consecutive groups of k completions of one
-prompt, in nats and in units of reward, and return a scalar float32 (float64 for float64 logps). Only logps is
-differentiable. l_i = logps_i - ref_logps_i and A_i = rewards_i - beta * l_i throughout. All raise TypeError or
-ValueError for what `copg_kernels.copg_loss` refuses. Losses on pairs take every pair of a group.
+All take (logps, ref_logps, rewards, *, beta, group_size): (N,) tensors of consecutive groups of k completions of one
+prompt, in nats and in units of reward, and return a scalar float32 (float64 for float64 logps). They compute in
+float64. Only logps is differentiable. l_i = logps_i - ref_logps_i and A_i = rewards_i - beta * l_i throughout. All
+raise TypeError or ValueError for what `copg_kernels.copg_loss` refuses. Losses on pairs take every pair of a group;
+where they are defined on single pairs, group_size is 2 unless it is given.
 
 Averaged log-likelihoods (Grinsztajn et al., https://arxiv.org/abs/2406.19188) fit every loss here and `copg_loss`:
 
@@ -24,12 +25,32 @@ docs/methods.md lists published methods that are one of these losses under anoth
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from copg_kernels import checks
 
+_Loss = TypeVar("_Loss", bound=Callable[..., Tensor])
 
+
+def separable(loss: _Loss) -> _Loss:
+    """Declare that a loss is a mean over groups of a pure function of each group's log-probabilities.
+
+        loss(logps) = mean over groups g of f(logps[g], g)        no state, no randomness, no other tensor that trains
+
+    `linear_sequence_loss` may then ask for a group's slopes before it knows the log-probabilities of the next, by
+    calling the loss several times, and needs three head GEMMs however many groups there are. Every loss of this package
+    is declared so; a loss of your own can be, as `@separable` above its definition.
+    """
+    loss.separable = True  # type: ignore[attr-defined]
+    return loss
+
+
+@separable
 def ipo_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float, group_size: int = 2) -> Tensor:
     """Identity preference optimisation: the pair's log-ratio gap is regressed on a constant.
 
@@ -41,11 +62,12 @@ def ipo_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float, 
     Reference: Azar et al., A General Theoretical Paradigm to Understand Learning from Human Preferences, AISTATS 2024,
     https://arxiv.org/abs/2310.12036.
     """
-    logps, ref_logps, rewards = _checked(logps, ref_logps, rewards, beta, group_size)
-    gap, sign = _pairs(logps, ref_logps, rewards, group_size)
-    return _mean_over_ranked((gap * sign - 1 / (2 * beta)) ** 2, sign)
+    operands, dtype = _checked(logps, ref_logps, rewards, beta, group_size)
+    gap, sign = _pairs(*operands, group_size)
+    return _mean_over_ranked((gap * sign - 1 / (2 * beta)) ** 2, sign).to(dtype)
 
 
+@separable
 def dpo_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float, group_size: int = 2) -> Tensor:
     """Direct preference optimisation: logistic regression on the pair's log-ratio gap.
 
@@ -56,12 +78,13 @@ def dpo_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float, 
 
     Reference: Rafailov et al., Direct Preference Optimization, NeurIPS 2023, https://arxiv.org/abs/2305.18290.
     """
-    logps, ref_logps, rewards = _checked(logps, ref_logps, rewards, beta, group_size)
-    gap, sign = _pairs(logps, ref_logps, rewards, group_size)
-    return _mean_over_ranked(-torch.nn.functional.logsigmoid(beta * gap * sign), sign)
+    operands, dtype = _checked(logps, ref_logps, rewards, beta, group_size)
+    gap, sign = _pairs(*operands, group_size)
+    return _mean_over_ranked(-torch.nn.functional.logsigmoid(beta * gap * sign), sign).to(dtype)
 
 
-def rloo_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float, group_size: int = 2) -> Tensor:
+@separable
+def rloo_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float, group_size: int) -> Tensor:
     """REINFORCE leave-one-out: each completion against the mean of the others.
 
         loss = mean over groups of -(1/k) sum_i sg(A_i - mean_{j != i} A_j) * logps_i        sg: no gradient
@@ -71,17 +94,18 @@ def rloo_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float,
 
     Reference: Ahmadian et al., Back to Basics, ACL 2024, https://arxiv.org/abs/2402.14740.
     """
-    logps, ref_logps, rewards = _checked(logps, ref_logps, rewards, beta, group_size)
-    return _policy_gradient(logps, _leave_one_out(_regularized(logps, ref_logps, rewards, beta), group_size))
+    operands, dtype = _checked(logps, ref_logps, rewards, beta, group_size)
+    return _policy_gradient(operands[0], _leave_one_out(_regularized(*operands, beta), group_size)).to(dtype)
 
 
+@separable
 def reinforce_loss(
     logps: Tensor,
     ref_logps: Tensor,
     rewards: Tensor,
     *,
     beta: float,
-    group_size: int = 2,
+    group_size: int,
     baseline: float | Tensor = 0.0,
 ) -> Tensor:
     """REINFORCE with a given baseline.
@@ -96,17 +120,19 @@ def reinforce_loss(
 
     Reference: Williams, Simple Statistical Gradient-Following Algorithms, Machine Learning 8, 1992.
     """
-    logps, ref_logps, rewards = _checked(logps, ref_logps, rewards, beta, group_size)
+    operands, dtype = _checked(logps, ref_logps, rewards, beta, group_size)
     if isinstance(baseline, Tensor):
         if baseline.shape not in ((), logps.shape):
             raise ValueError(
                 f"baseline must be a number or have shape {tuple(logps.shape)}, got {tuple(baseline.shape)}"
             )
-        baseline = baseline.to(logps.dtype)
-    return _policy_gradient(logps, _regularized(logps, ref_logps, rewards, beta) - baseline)
+        checks.refuse_gradient("baseline", baseline)
+        baseline = baseline.double()
+    return _policy_gradient(operands[0], _regularized(*operands, beta) - baseline).to(dtype)
 
 
-def raft_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float, group_size: int = 2) -> Tensor:
+@separable
+def raft_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float, group_size: int) -> Tensor:
     """Reward-ranked fine-tuning: the likelihood of each group's best completion.
 
         loss = mean over groups of -logps_{argmax_i rewards_i}
@@ -116,18 +142,19 @@ def raft_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float,
 
     Reference: Dong et al., RAFT, TMLR 2023, https://arxiv.org/abs/2304.06767.
     """
-    logps, ref_logps, rewards = _checked(logps, ref_logps, rewards, beta, group_size)
+    (logps, _, rewards), dtype = _checked(logps, ref_logps, rewards, beta, group_size)
     best = rewards.view(-1, group_size).argmax(1, keepdim=True)
-    return -logps.view(-1, group_size).gather(1, best).mean()
+    return -logps.view(-1, group_size).gather(1, best).mean().to(dtype)
 
 
+@separable
 def ppo_loss(
     logps: Tensor,
     ref_logps: Tensor,
     rewards: Tensor,
     *,
     beta: float,
-    group_size: int = 2,
+    group_size: int,
     old_logps: Tensor,
     clip: float = 0.2,
 ) -> Tensor:
@@ -145,15 +172,21 @@ def ppo_loss(
 
     Reference: Schulman et al., Proximal Policy Optimization Algorithms, https://arxiv.org/abs/1707.06347.
     """
-    logps, ref_logps, rewards = _checked(logps, ref_logps, rewards, beta, group_size)
     checks.check_old_logps(old_logps, logps, clip)
-    old_logps = old_logps.detach().to(logps.dtype)
+    (logps, ref_logps, rewards), dtype = _checked(logps, ref_logps, rewards, beta, group_size)
+    old_logps = old_logps.double()
     advantages = _leave_one_out(_regularized(old_logps, ref_logps, rewards, beta), group_size)
-    ratio = (logps - old_logps).exp()
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).mean()
+    highest, lowest = math.log1p(clip), math.log1p(-clip) if clip < 1 else -math.inf
+    log_ratios = logps - old_logps
+    # Past the edge the ratio is a constant, which it has to be before exp: autograd takes 0 times inf for NaN.
+    past = torch.where(advantages > 0, log_ratios > highest, (log_ratios < lowest) | (advantages == 0))
+    edge = 1 + clip * advantages.sign()
+    ratio = torch.where(past, edge, log_ratios.masked_fill(past, 0.0).exp())
+    return -(ratio * advantages).mean().to(dtype)
 
 
-def rebel_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float, group_size: int = 2) -> Tensor:
+@separable
+def rebel_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float, group_size: int) -> Tensor:
     """Regression to relative rewards: the pair's log-ratio gap is regressed on its difference in reward.
 
         loss = mean over pairs of (d - eta * dR)^2,    d = l_i - l_j,  dR = rewards_i - rewards_j,  eta = 1 / beta
@@ -163,21 +196,21 @@ def rebel_loss(logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float
 
     Reference: Gao et al., REBEL, NeurIPS 2024, https://arxiv.org/abs/2404.16767.
     """
-    logps, ref_logps, rewards = _checked(logps, ref_logps, rewards, beta, group_size)
+    (logps, ref_logps, rewards), dtype = _checked(logps, ref_logps, rewards, beta, group_size)
     first, second = _pair_index(group_size, logps.device)
     log_ratios = (logps - ref_logps).view(-1, group_size)
     scaled = (rewards / beta).view(-1, group_size)
     residual = log_ratios - scaled
-    return ((residual[:, first] - residual[:, second]) ** 2).mean()
+    return ((residual[:, first] - residual[:, second]) ** 2).mean().to(dtype)
 
 
 def _checked(
     logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float, group_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The tensors in the dtype of the result: a loss that stayed in bfloat16 would sum and subtract in 8 bits."""
+) -> tuple[tuple[Tensor, Tensor, Tensor], torch.dtype]:
+    """The tensors in float64, where their differences lose nothing, and the dtype of the result."""
     checks.check_loss_inputs(logps, ref_logps, rewards, beta, group_size, None)
     dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
-    return logps.to(dtype), ref_logps.detach().to(dtype), rewards.detach().to(dtype)
+    return (logps.double(), ref_logps.detach().double(), rewards.detach().double()), dtype
 
 
 def _pair_index(group_size: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -67,8 +67,8 @@ def dpo(logps: Floats, ref_logps: Floats, rewards: Floats, *, beta: float, k: in
         ref_logps,
         rewards,
         k,
-        lambda d: math.log(1 + math.exp(-beta * d)),
-        lambda d: -beta / (1 + math.exp(beta * d)),
+        lambda d: max(0.0, -beta * d) + math.log1p(math.exp(-abs(beta * d))),
+        lambda d: -beta / (1 + math.exp(min(beta * d, 700.0))),
     )
 
 
