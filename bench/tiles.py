@@ -11,6 +11,7 @@ from bench.inputs import BenchInputs, Shape, make_inputs
 from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.row_statistics import Partials
+from copg_kernels.schedules.forward import forward_width
 from copg_kernels.schedules.tile_ops import TileOps, counted_rows, tile_ops
 from copg_kernels.schedules.workspace import default_workspace_bytes, kept_elements, slice_width
 
@@ -24,8 +25,8 @@ class Tiles(NamedTuple):
     backend: str
 
     def forward(self) -> Partials:
-        budget = default_workspace_bytes(self.backend)
-        return self.ops.linear_logps_fwd(self.hidden_states, self.head, self.rows, budget)
+        width = forward_width(self.head, self.rows, default_workspace_bytes(self.backend), self.backend)
+        return self.ops.linear_logps_fwd(self.hidden_states, self.head, self.rows, width)
 
     def kept_workspace(self) -> Tensor:
         """Room for the exponentials of every row and entry."""

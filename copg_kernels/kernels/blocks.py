@@ -15,7 +15,7 @@ from copg_kernels.kernels.language import INTERPRETING
 
 # Row blocks that share a slice of the head's weight while it is in L2: 8 x 256 rows of 4,096 bf16 are 16 MiB.
 GROUP_N = 8
-# Vocabulary entries per split of the torch twins; fixed, so that log-probs do not depend on the workspace. On two CPU
+# Vocabulary entries per split of the torch twins, fewer only where the workspace does not hold so many. On two CPU
 # cores (EPYC, 2,048 tokens, V = 32,000, 11 rounds) 3,200 took 1.05 GEMMs for log-probs and 1.08 x three for loss and
 # gradients, 4,096 took 1.15 and 1.11, 2,112 took 1.16 and 1.16, 5,376 took 1.13 and 1.15.
 SPLIT_TORCH = 3200

@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from copg_kernels.kernels.blocks import GROUP_N, SPLIT_TORCH, head_blocks
+from copg_kernels.kernels.blocks import GROUP_N, head_blocks
 from copg_kernels.kernels.exp_tile import exp_tile_torch
 from copg_kernels.kernels.head import Head, head_logits, tile_arguments
 from copg_kernels.kernels.language import jit, tl, triton
@@ -116,11 +116,11 @@ def _linear_logps_fwd_kernel(
 
 
 def linear_logps_fwd(
-    hidden_states: Tensor, head: Head, rows: PackedRows, workspace_bytes: int, *, entropy: bool = False
+    hidden_states: Tensor, head: Head, rows: PackedRows, width: int, *, entropy: bool = False
 ) -> Partials:
     """(T, H), head (V, H), packed rows -> partial statistics of every counted row, those of its entropy if asked for.
 
-    The tile stays in registers, so nothing of workspace_bytes is used.
+    The tile stays in registers, and its splits are the block table's: width is for the twin.
     """
     R, V = rows.row_index.numel(), head.weight.shape[0]
     blocks = head_blocks(hidden_states.device, hidden_states.dtype)
@@ -151,26 +151,23 @@ def linear_logps_fwd(
 
 
 def linear_logps_fwd_torch(
-    hidden_states: Tensor, head: Head, rows: PackedRows, workspace_bytes: int, *, entropy: bool = False
+    hidden_states: Tensor, head: Head, rows: PackedRows, width: int, *, entropy: bool = False
 ) -> Partials:
-    """Twin: hidden_states are the packed rows (R, H) in the accumulation dtype; tiles of at most workspace_bytes."""
+    """Twin: hidden_states are the packed rows (R, H) in the accumulation dtype; a split is `width` entries."""
     R, V = hidden_states.shape[0], head.weight.shape[0]
-    edges = [*range(0, V, SPLIT_TORCH), V]
+    edges = [*range(0, V, width), V]
     partials = Partials(
         hidden_states.new_empty((len(edges) - 1, R), dtype=torch.float64),
         hidden_states.new_empty((len(edges) - 1, R), dtype=torch.float64),
         hidden_states.new_empty((R,)),
         hidden_states.new_empty((len(edges) - 1, R), dtype=torch.float64) if entropy else None,
     )
-    rows_per_tile = max(1, min(R, workspace_bytes // (min(SPLIT_TORCH, V) * hidden_states.element_size())))
-    workspace = hidden_states.new_empty((rows_per_tile * min(SPLIT_TORCH, V),))
+    workspace = hidden_states.new_empty((R * width,))
     for split, (start, stop) in enumerate(pairwise(edges)):
-        for first in range(0, R, rows_per_tile):
-            chunk = slice(first, min(first + rows_per_tile, R))
-            out = workspace[: (chunk.stop - first) * (stop - start)].view(chunk.stop - first, stop - start)
-            tile = exp_tile_torch(hidden_states[chunk], head, rows.labels[chunk], start, stop, out, entropy=entropy)
-            partials.max[split, chunk], partials.sum[split, chunk] = tile.base, tile.sums
-            if partials.weighted is not None and tile.weighted is not None:
-                partials.weighted[split, chunk] = tile.weighted
-            partials.label_logits[first + tile.held] = tile.label_logits
+        out = workspace[: R * (stop - start)].view(R, stop - start)
+        tile = exp_tile_torch(hidden_states, head, rows.labels, start, stop, out, entropy=entropy)
+        partials.max[split], partials.sum[split] = tile.base, tile.sums
+        if partials.weighted is not None and tile.weighted is not None:
+            partials.weighted[split] = tile.weighted
+        partials.label_logits[tile.held] = tile.label_logits
     return partials

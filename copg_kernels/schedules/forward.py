@@ -6,7 +6,9 @@ from torch import Tensor
 
 from copg_kernels.kernels.contrast import Completions, Contrast
 from copg_kernels.kernels.head import Head
+from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.schedules.tile_ops import counted_rows, tile_ops
+from copg_kernels.schedules.workspace import slice_width
 
 
 def token_logps(
@@ -22,11 +24,19 @@ def token_logps(
     """(T, H), (T,) -> per_token_logps (T,), lse (2, T), entropy (T,) or empty; 0 where ignored."""
     ops = tile_ops(backend)
     hidden_states, rows = counted_rows(hidden_states, labels, ignore_index, backend)
-    partials = ops.linear_logps_fwd(hidden_states, head, rows, workspace_bytes, entropy=entropy)
+    width = forward_width(head, rows, workspace_bytes, backend)
+    partials = ops.linear_logps_fwd(hidden_states, head, rows, width, entropy=entropy)
     per_token_logps, lse = ops.merge_splits_fwd(partials, rows)
     if not entropy:
         return per_token_logps, lse, lse.new_empty(0)
     return per_token_logps, lse, ops.token_entropy_fwd(partials, rows, per_token_logps)
+
+
+def forward_width(head: Head, rows: PackedRows, workspace_bytes: int, backend: str) -> int:
+    """The slices that `recompute` will take."""
+    weight, num_rows = head.weight, rows.row_index.numel()
+    V, H = weight.shape
+    return slice_width(workspace_bytes, num_rows, (V, H), weight.dtype, weight.device, backend)
 
 
 def copg(
@@ -43,5 +53,6 @@ def copg(
     """(T, H), (T,), completions -> loss, per-completion outputs, and what the backward pass needs."""
     ops = tile_ops(backend)
     hidden_states, rows = counted_rows(hidden_states, labels, ignore_index, backend)
-    partials = ops.linear_logps_fwd(hidden_states, head, rows, workspace_bytes, entropy=entropy)
+    width = forward_width(head, rows, workspace_bytes, backend)
+    partials = ops.linear_logps_fwd(hidden_states, head, rows, width, entropy=entropy)
     return ops.contrast_fwd(partials, rows, completions)

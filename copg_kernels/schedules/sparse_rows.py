@@ -16,9 +16,12 @@ from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.row_statistics import Partials
 from copg_kernels.kernels.significant_columns import Compact, significant_columns_torch
-from copg_kernels.schedules import recompute
+from copg_kernels.schedules import forward, recompute
 from copg_kernels.schedules.recompute import Gradients, Needs
 from copg_kernels.schedules.tile_ops import counted_rows
+
+# Nats. Below it, another rounding of a logit is at most 2e-5 of a probability.
+_LARGE = 128.0
 
 
 def compact_rows(
@@ -70,6 +73,12 @@ def token_logps_bwd(
     of_overflow = torch.full_like(labels, ignore_index)
     exact_rows = rows.row_index[compact.overflow]
     of_overflow[exact_rows] = labels[exact_rows]
+    if lse[0].abs().max() > _LARGE:
+        # A GEMM of fewer rows may round its logits otherwise: at 4e4 that is 4e-3 of a probability.
+        per_token_logps, lse, _ = forward.token_logps(
+            hidden_states, head, of_overflow,
+            ignore_index=ignore_index, workspace_bytes=workspace_bytes, backend="torch",
+        )  # fmt: skip
     exact = recompute.token_logps_bwd(
         dlogps, hidden_states, head, of_overflow, per_token_logps, lse, needs,
         ignore_index=ignore_index, workspace_bytes=workspace_bytes, backend="torch",

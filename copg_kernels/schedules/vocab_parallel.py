@@ -19,6 +19,7 @@ from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.row_statistics import Partials
 from copg_kernels.schedules import recompute
+from copg_kernels.schedules.forward import forward_width
 from copg_kernels.schedules.recompute import Gradients, Needs
 from copg_kernels.schedules.tile_ops import accumulation_dtype, counted_rows, tile_ops
 
@@ -47,7 +48,8 @@ def token_logps(
     ops = tile_ops(backend)
     hidden_states, rows = counted_rows(hidden_states, labels, _IGNORED, backend)
     if shard.weight.shape[0]:
-        partials = ops.linear_logps_fwd(hidden_states, shard, rows, workspace_bytes)
+        width = forward_width(shard, rows, workspace_bytes, backend)
+        partials = ops.linear_logps_fwd(hidden_states, shard, rows, width)
     else:
         partials = _partials_of_nothing(hidden_states, rows, backend)
     return ops.merge_splits_fwd(_gather(_merge_shard(partials, rows), group), rows)
@@ -86,8 +88,7 @@ def token_logps_bwd(
         dhidden = torch.zeros_like(hidden_states, dtype=accumulation, memory_format=torch.contiguous_format)
         gradients = Gradients(dhidden, torch.zeros_like(shard.weight), hidden_states.new_zeros((0,)))
     if needs.hidden_states and labels.numel():
-        # Without a counted token the schedule returns zeros in the operands' dtype.
-        dhidden = gradients.hidden_states.to(accumulation)
+        dhidden = gradients.hidden_states
         dist.all_reduce(dhidden, group=group)
         gradients = gradients._replace(hidden_states=dhidden.to(dtype))
     return gradients

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from copg_kernels.kernels.blocks import SPLIT_TORCH
 from copg_kernels.kernels.exp_tile import row_stride
 from copg_kernels.schedules.tile_ops import accumulation_dtype, operand_dtype, vocab_step
 
@@ -57,8 +58,14 @@ def slice_width(
     device: torch.device,
     backend: str,
 ) -> int:
-    """Vocabulary entries per slice: as many whole steps as the budget holds."""
+    """Vocabulary entries per slice: as many whole steps as the budget holds, and the twins' split at most.
+
+    The twins' forward pass takes the same slices of the same rows, so that a logit which is computed again has the bits
+    of the first one: a GEMM of another shape may sum in another order, and at logits of 4e4 that is 4e-3 of a
+    probability.
+    """
     V, H = head_shape
     step = vocab_step(device, dtype, backend)
-    entries = workspace_bytes // bytes_per_entry(num_rows, H, dtype, backend)
-    return min(V, max(step, entries // step * step))
+    entries = workspace_bytes // max(1, bytes_per_entry(num_rows, H, dtype, backend))
+    most = V if backend == "triton" else min(V, SPLIT_TORCH)
+    return min(most, max(step, entries // step * step))
