@@ -196,8 +196,10 @@ def out_arguments(tile: Tensor, blocks: Blocks) -> dict:
 
 
 def _fits_tma(matrix: Tensor) -> bool:
-    """A tensor descriptor needs a base and a row stride in multiples of 16 bytes."""
-    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+    """A tensor descriptor needs a base and a row stride in multiples of 16 bytes, and rows that do not overlap."""
+    row_bytes = matrix.stride(0) * matrix.element_size()
+    is_aligned = matrix.data_ptr() % 16 == 0 and row_bytes % 16 == 0
+    return is_aligned and matrix.stride(0) >= matrix.shape[1]
 
 
 def logits_tile_torch(hidden_states: Tensor, head: Head, start: int, stop: int, out: Tensor) -> Tensor | None:

@@ -62,7 +62,7 @@ def copg(
     the log-probs wait for their coefficients, with a trainable one the logits are computed again.
     """
     options: dict[str, Any] = dict(workspace_bytes=workspace_bytes, backend=backend)
-    statistics = batch.completions.rewards.new_zeros(3)
+    statistics = batch.hidden_states.new_zeros(3, dtype=accumulation_dtype(batch.hidden_states.dtype))
     if not any(needs):
         return forward.copg(*batch, **options, entropy=entropy), _empty_gradients(batch, needs), 1, statistics
     if sparse_eps is not None:
@@ -131,7 +131,10 @@ def in_chunks(
         contrasts.append(contrast(partials, rows, part.completions))
         coefficients, per_token_logps, lse, _ = contrasts[-1][4:]
         slices = ops.place_labels(tiles, packed, head, rows, per_token_logps, lse)
-        scale = of_tokens(coefficients, part).index_select(0, rows.row_index) * -head.slope
+        counted = part.labels != part.ignore_index
+        # Whatever an ignored token holds, NaN included, goes no further.
+        per_token = of_tokens(coefficients, part).where(counted, 0.0) * -head.slope
+        scale = per_token.index_select(0, rows.row_index)
         if sparse_eps is None:
             compact = None
         else:
@@ -139,9 +142,9 @@ def in_chunks(
             shares.append(compact.shares)
         tile = _Tile(slices, compact, packed, rows, scale, backend)
         if needs.hidden_states:
-            counted = (part.labels != part.ignore_index).to(scale.dtype)
             out = gradients.hidden_states[chunk.tokens]
-            out.copy_(ops.scale_rows(_hidden_product(tile, head), rows.position, counted, out.dtype))
+            product = _hidden_product(tile, head)
+            out.copy_(ops.scale_rows(product, rows.position, counted.to(scale.dtype), out.dtype))
         if needs.weight:
             _write_weight_product(tile, gradients.weight, add=index > 0)
         if needs.bias:
@@ -203,7 +206,9 @@ def scaled_slopes(u: Tensor, contrast: Contrast, batch: Batch) -> Tensor:
 
 def recomputed(batch: Batch, contrast: Contrast, needs: Needs, *, workspace_bytes: int, backend: str) -> Gradients:
     """Gradients from logits that are computed again; of a contrast with the coefficients that count."""
-    gradients = recompute.token_logps_bwd(
+    # float16 has no room for a gradient before the loss scale has met it.
+    kept = kept_dtype(batch.hidden_states.dtype)
+    return recompute.token_logps_bwd(
         of_tokens(contrast.coefficients, batch),
         batch.hidden_states,
         batch.head,
@@ -214,8 +219,9 @@ def recomputed(batch: Batch, contrast: Contrast, needs: Needs, *, workspace_byte
         ignore_index=batch.ignore_index,
         workspace_bytes=workspace_bytes,
         backend=backend,
+        dhidden_dtype=kept,
+        dhead_dtype=kept,
     )
-    return Gradients(*(gradient.to(kept_dtype(gradient.dtype)) for gradient in gradients))
 
 
 def _joined(contrasts: list[Contrast]) -> Contrast:
@@ -225,4 +231,5 @@ def _joined(contrasts: list[Contrast]) -> Contrast:
         for name in Contrast._fields
         if name != "loss"
     }
-    return Contrast(loss=torch.stack([contrast.loss for contrast in contrasts]).sum(), **joined)
+    losses = torch.stack([contrast.loss for contrast in contrasts])
+    return Contrast(loss=losses.double().sum().to(losses.dtype), **joined)

@@ -19,7 +19,7 @@ from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.row_statistics import Partials, joined_partials
 from copg_kernels.schedules.kept_tiles import hidden_product
-from copg_kernels.schedules.tile_ops import accumulation_dtype, counted_rows, operand_dtype, tile_ops
+from copg_kernels.schedules.tile_ops import accumulation_dtype, counted_rows, kept_dtype, operand_dtype, tile_ops
 from copg_kernels.schedules.workspace import kept_bytes_per_token, kept_elements
 
 
@@ -45,11 +45,11 @@ def token_logps_and_slopes(
     backend: str,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(T, H), (T,) -> per_token_logps (T,), lse (2, T), u (T, H) in the operands' dtype, entropy; 0 where ignored."""
+    """(T, H), (T,) -> per_token_logps (T,), lse (2, T), u (T, H) in `kept_dtype`, entropy; 0 where ignored."""
     dtype, num_tokens = accumulation_dtype(hidden_states.dtype), labels.numel()
     per_token_logps = hidden_states.new_empty((num_tokens,), dtype=dtype)
     lse = hidden_states.new_empty((2, num_tokens), dtype=dtype)
-    u = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    u = torch.empty(hidden_states.shape, dtype=kept_dtype(hidden_states.dtype), device=hidden_states.device)
     entropies = [lse.new_empty(0)]
     for chunk in _chunks(hidden_states, head, labels, ignore_index, workspace_bytes, backend, entropy):
         per_token_logps[chunk.tokens], lse[:, chunk.tokens], u[chunk.tokens] = chunk[3:6]
@@ -69,7 +69,7 @@ def copg(
     entropy: bool = False,
 ) -> tuple[Contrast, Tensor]:
     """Contrast of groups that may lie in many chunks, and u (T, H), which the coefficients then scale."""
-    u = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+    u = torch.empty(hidden_states.shape, dtype=kept_dtype(hidden_states.dtype), device=hidden_states.device)
     partials, rows = [], []
     for chunk in _chunks(hidden_states, head, labels, ignore_index, workspace_bytes, backend, entropy):
         partials.append(chunk.partials)
@@ -101,7 +101,7 @@ def _chunks(
         slices = ops.place_labels(tiles, packed, head, rows, per_token_logps, lse)
         packed_u = hidden_product(slices, head, lse.new_full(rows.row_index.shape, -head.slope), backend)
         counted = (labels[tokens] != ignore_index).to(lse.dtype)
-        u = ops.scale_rows(packed_u, rows.position, counted, dtype)
+        u = ops.scale_rows(packed_u, rows.position, counted, kept_dtype(dtype))
         yield _Chunk(tokens, partials, rows, per_token_logps, lse, u, token_entropy)
 
 

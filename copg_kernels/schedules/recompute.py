@@ -49,18 +49,24 @@ def token_logps_bwd(
     workspace_bytes: int,
     backend: str,
     dhidden_dtype: torch.dtype | None = None,
+    dhead_dtype: torch.dtype | None = None,
 ) -> Gradients:
     """(T,) upstream gradient, (T,) log-probs, (2, T) lse -> gradients of hidden states, weight and bias.
 
-    The gradient of the hidden states is rounded to dhidden_dtype, theirs by default.
+    They are rounded once, to dhidden_dtype and dhead_dtype: the operands' unless said otherwise.
     """
     ops, dtype = tile_ops(backend), hidden_states.dtype
     accumulation, operand = accumulation_dtype(dtype), operand_dtype(dtype, backend)
     packed, rows = counted_rows(hidden_states, labels, ignore_index, backend)
     R, (V, H) = rows.row_index.numel(), head.weight.shape
-    gradients = _allocate(hidden_states, head, needs, zero=R == 0)
+    dhidden_dtype, dhead_dtype = dhidden_dtype or dtype, dhead_dtype or dtype
     if R == 0:
-        return gradients
+        return _zeros(hidden_states, head, needs, dhidden_dtype, dhead_dtype)
+    gradients = Gradients(
+        hidden_states.new_empty((0,), dtype=dhidden_dtype),  # made last
+        hidden_states.new_empty(head.weight.shape if needs.weight else (0,), dtype=dhead_dtype),
+        hidden_states.new_empty(head.weight.shape[:1] if needs.bias else (0,), dtype=dhead_dtype),
+    )
 
     # The tile's rows carry the factor exp(residual of lse): see softmax_minus_label.
     coefficient = dlogps.to(accumulation) * -head.slope * (-lse[1]).exp()
@@ -84,18 +90,19 @@ def token_logps_bwd(
             column = packed_coefficient.to(operand).unsqueeze(1)
             write_product(tile.T, column, unit, gradients.bias[start:stop].unsqueeze(1))
     if needs.hidden_states:
-        dhidden = ops.scale_rows(dhidden, rows.position, coefficient * unit, dhidden_dtype or dtype)
+        dhidden = ops.scale_rows(dhidden, rows.position, coefficient * unit, dhidden_dtype)
         gradients = gradients._replace(hidden_states=dhidden)
     return gradients
 
 
-def _allocate(hidden_states: Tensor, head: Head, needs: Needs, *, zero: bool) -> Gradients:
-    """Where gradients go; that of the hidden states is made last, unless all are zero."""
-    allocate = hidden_states.new_zeros if zero else hidden_states.new_empty
+def _zeros(
+    hidden_states: Tensor, head: Head, needs: Needs, dhidden_dtype: torch.dtype, dhead_dtype: torch.dtype
+) -> Gradients:
+    """Where no row counts."""
     return Gradients(
-        allocate(hidden_states.shape if needs.hidden_states and zero else (0,)),
-        allocate(head.weight.shape if needs.weight else (0,)),
-        allocate(head.weight.shape[:1] if needs.bias else (0,)),
+        hidden_states.new_zeros(hidden_states.shape if needs.hidden_states else (0,), dtype=dhidden_dtype),
+        hidden_states.new_zeros(head.weight.shape if needs.weight else (0,), dtype=dhead_dtype),
+        hidden_states.new_zeros(head.weight.shape[:1] if needs.bias else (0,), dtype=dhead_dtype),
     )
 
 
