@@ -6,6 +6,8 @@ tensors are: on a CPU as a ValueError, on a GPU as a device assertion, which cos
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -64,9 +66,49 @@ def check_head(
         _require_shape("bias", bias, (lm_head_weight.shape[0],), "(V,)")
 
 
+def check_transforms(*tensors: Tensor | None) -> None:
+    """Derivatives go backwards through autograd; any other kind would be lost without a word."""
+    for tensor in tensors:
+        if tensor is not None:
+            _refuse_transform(tensor)
+
+
+def _refuse_transform(tensor: Tensor) -> None:
+    """Through the wrappers of torch.func, outermost first: a vmap may lie around or within a grad."""
+    while True:
+        if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                "copg_kernels has no forward-mode derivatives (torch.func.jvp, jacfwd, hessian, forward_ad): "
+                "differentiate with backward() or torch.autograd.grad"
+            )
+        if not is_transformed(tensor):
+            return
+        if torch._C._functorch.is_gradtrackingtensor(tensor) and tensor.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(
+                "copg_kernels cannot be differentiated by torch.func.grad, vjp or jacrev: "
+                "differentiate with backward() or torch.autograd.grad"
+            )
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether torch.func.vmap, or another of its kind, runs; torch.compile cannot trace this, and has its own way."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def needs_gradient(tensor: Tensor | None) -> bool:
+    """Also through vmap's wrapper, which hides that the tensor within it is part of a graph."""
+    if tensor is None or not torch.is_grad_enabled():
+        return False
+    while not tensor.requires_grad and is_transformed(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
 def check_logit_options(logit_scale: float, softcap: float | None, temperature: float) -> None:
     """The scalars between x W^T and the softmax."""
-    if not (isinstance(logit_scale, int | float) and -_INFINITY < logit_scale < _INFINITY):
+    is_number = isinstance(logit_scale, int | float) and not isinstance(logit_scale, bool)
+    if not (is_number and -_INFINITY < logit_scale < _INFINITY):
         raise ValueError(f"logit_scale must be a finite number, got {logit_scale!r}")
     _require_positive("temperature", temperature)
     if softcap is not None:
@@ -85,10 +127,21 @@ def check_sparse_eps(sparse_eps: float | None, dtype: torch.dtype, backend: str)
         raise ValueError(f"sparse_eps needs float32 or bfloat16 with backend {backend!r}, got {dtype}")
 
 
+def check_flag(name: str, value: bool) -> None:
+    """True or False: "no" would count as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    """A label."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+
+
 def check_return_entropy(return_entropy: bool, sparse_eps: float | None) -> None:
     """Of the softmax, which sparse_eps does not keep."""
-    if not isinstance(return_entropy, bool):
-        raise TypeError(f"return_entropy must be a bool, got {type(return_entropy).__name__}")
+    check_flag("return_entropy", return_entropy)
     if return_entropy and sparse_eps is not None:
         raise ValueError(f"return_entropy needs sparse_eps = None, got {sparse_eps}")
 
@@ -121,11 +174,19 @@ def completion_boundaries(hidden_states: Tensor, labels: Tensor, cu_seqlens: Ten
     return torch.arange(labels.shape[0] + 1, dtype=torch.int32, device=hidden_states.device) * labels.shape[1]
 
 
-def group_boundaries(num_sequences: int, group_size: int, cu_groups: Tensor | None, device: torch.device) -> Tensor:
+def group_boundaries(
+    num_sequences: int, group_size: int | None, cu_groups: Tensor | None, device: torch.device
+) -> Tensor:
     """(G + 1,) int32: cu_groups for ragged groups, multiples of group_size for equal ones."""
+    if (group_size is None) == (cu_groups is None):
+        came = "neither" if group_size is None else "both"
+        raise ValueError(
+            f"group_size or cu_groups must be given, and not both, to say which completions belong together; got {came}"
+        )
     if cu_groups is not None:
         _check_boundaries("cu_groups", cu_groups, device)
         return cu_groups
+    assert group_size is not None
     check_group_size(group_size)
     if num_sequences == 0 or num_sequences % group_size:
         raise ValueError(f"group_size must divide the number of completions, {num_sequences}, got {group_size}")
@@ -145,10 +206,35 @@ def check_completions(ref_logps: Tensor, rewards: Tensor, num_sequences: int, de
     for name, values in (("ref_logps", ref_logps), ("rewards", rewards)):
         _require_tensor(name, values, _FLOATS, device)
         _require_shape(name, values, (num_sequences,), "(N,), one per completion,")
+        refuse_gradient(name, values)
+
+
+def refuse_gradient(name: str, values: Tensor) -> None:
+    """A constant of the losses: a gradient that is asked for and never comes would not be missed."""
+    if needs_gradient(values) or torch.autograd.forward_ad.unpack_dual(values).tangent is not None:
+        raise ValueError(f"{name} must not require a gradient, as no loss here has one; pass {name}.detach()")
+
+
+def check_loss(loss: Callable[..., Tensor]) -> None:
+    """A function of log-probabilities."""
+    if not callable(loss):
+        raise TypeError(f"loss must be a function, such as copg_kernels.losses.dpo_loss, got {loss!r}")
+
+
+def check_loss_value(value: Tensor) -> None:
+    """What the caller's loss returned."""
+    if not isinstance(value, Tensor) or value.dim() != 0 or not value.is_floating_point():
+        came = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"loss must return a floating-point scalar tensor, got {came}")
 
 
 def check_loss_inputs(
-    logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float, group_size: int, cu_groups: Tensor | None
+    logps: Tensor,
+    ref_logps: Tensor,
+    rewards: Tensor,
+    beta: float,
+    group_size: int | None,
+    cu_groups: Tensor | None,
 ) -> None:
     """The arguments every loss on log-probabilities shares."""
     check_loss_values(logps, ref_logps, rewards, beta)
@@ -178,6 +264,7 @@ def check_old_logps(old_logps: Tensor, logps: Tensor, clip: float) -> None:
     """What the clipped ratio needs besides."""
     _require_tensor("old_logps", old_logps, _FLOATS, logps.device)
     _require_shape("old_logps", old_logps, tuple(logps.shape), "of logps")
+    refuse_gradient("old_logps", old_logps)
     _require_positive("clip", clip)
     require_finite("old_logps", old_logps)
 
@@ -233,14 +320,13 @@ def require_batch(labels: Tensor, vocab_size: int, ignore_index: int, completion
     require_boundaries("cu_groups", completions.cu_groups, completions.rewards.numel(), least_size=2)
     require_finite("ref_logps", completions.ref_logps)
     require_finite("rewards", completions.rewards)
-    if completions.average:
-        require_nonempty(segment_sum(labels != ignore_index, completions.cu_seqlens))
+    require_nonempty(segment_sum(labels != ignore_index, completions.cu_seqlens))
 
 
 def require_nonempty(counts: Tensor) -> None:
-    """Averaging divides by the number of counted tokens."""
+    """A completion without tokens has no mean, and its sum, log 1, would stand in its group's contrast all the same."""
     came = "" if _on_gpu(counts) else f", completion {_first_index(counts == 0)} has none"
-    require((counts > 0).all(), f"labels must leave every completion a counted token when averaging{came}")
+    require((counts > 0).all(), f"labels must leave every completion a counted token{came}")
 
 
 def _on_gpu(tensor: Tensor) -> bool:

@@ -9,11 +9,20 @@ from torch import Tensor, nn
 
 from copg_kernels import checks
 from copg_kernels.kernels.contrast import segment_sum
+from copg_kernels.losses import separable
 from copg_kernels.ops import linear_copg_op
 from copg_kernels.schedules.sparse_softmax import Sparsity
+from copg_kernels.schedules.tile_ops import accumulation_dtype
 
 
-class _Fields(NamedTuple):
+class CoPGOutput(NamedTuple):
+    """What a fused loss returns, all but the loss detached.
+
+    A plain NamedTuple, so that it passes whole through everything that takes a module's output apart and puts it
+    together again: DDP, FSDP, DataParallel, accelerate, torch.compile, pytrees. Read it by name, or unpack it as
+    `loss, logps, regularized_rewards, log_ratios, *_ = output`.
+    """
+
     loss: Tensor
     """(), mean over groups."""
     logps: Tensor
@@ -22,29 +31,13 @@ class _Fields(NamedTuple):
     """(N,) A = rewards - beta * log_ratios."""
     log_ratios: Tensor
     """(N,) logps - ref_logps; their mean over samples of the policy estimates the KL divergence."""
-
-
-class CoPGOutput(_Fields):
-    """What a fused loss returns: (loss, logps, regularized_rewards, log_ratios), all but loss detached."""
-
     gemm_units: Tensor
     """() int64, head GEMMs of this loss with its gradients: 3 where whole groups fit the workspace, 4 recomputed; with
-    sparse_eps 1, but for what `sparsity` calls overflow. An attribute, so that the output unpacks into four fields."""
-
-    sparsity: Sparsity | None
+    sparse_eps 1, but for what `sparsity` calls overflow."""
+    sparsity: Sparsity | None = None
     """What sparse_eps kept of the softmax: density, mass dropped per token, share of tokens computed exactly."""
-
-    entropy: Tensor | None
-    """The labels' shape, of each token's softmax, in nats, with return_entropy; 0 at ignored tokens. Detached."""
-
-    @classmethod
-    def of(
-        cls, *fields: Tensor, gemm_units: Tensor, sparsity: Sparsity | None = None, entropy: Tensor | None = None
-    ) -> CoPGOutput:
-        """The four fields, and the attributes."""
-        output = cls(*fields)
-        output.gemm_units, output.sparsity, output.entropy = gemm_units, sparsity, entropy
-        return output
+    entropy: Tensor | None = None
+    """The labels' shape, of each token's softmax, in nats, with return_entropy; 0 at ignored tokens."""
 
 
 def sequence_logps(
@@ -84,6 +77,8 @@ def sequence_logps(
         tensor([-0.5833, -1.7500])
     """
     checks.check_token_logps(per_token_logps, labels, cu_seqlens)
+    checks.check_flag("average", average)
+    checks.check_ignore_index(ignore_index)
     counted = labels != ignore_index
     token_logps = per_token_logps.where(counted, 0.0).double()
     if cu_seqlens is None:
@@ -97,13 +92,14 @@ def sequence_logps(
     return sums.to(per_token_logps.dtype)
 
 
+@separable
 def copg_loss(
     logps: Tensor,
     ref_logps: Tensor,
     rewards: Tensor,
     *,
     beta: float,
-    group_size: int = 2,
+    group_size: int | None = None,
     cu_groups: Tensor | None = None,
 ) -> Tensor:
     """Contrastive policy gradient over groups of completions of one prompt, in unit form.
@@ -122,7 +118,8 @@ def copg_loss(
         ref_logps: (N,), the same completions under the reference policy.
         rewards: (N,), any scale; adding a constant to a group changes nothing.
         beta: strength of the KL regulariser, > 0, in units of reward per nat.
-        group_size: k >= 2 consecutive completions per prompt; divides N.
+        group_size: k >= 2 consecutive completions per prompt; divides N. It has no default, as another k is another
+            loss.
         cu_groups: (G + 1,) int32 boundaries of ragged groups, instead of group_size.
 
     Returns:
@@ -130,12 +127,12 @@ def copg_loss(
 
     Raises:
         TypeError: a tensor is not floating point, or cu_groups is not int32.
-        ValueError: shapes differ, a group has fewer than two completions or does not fit N, rewards or ref_logps are
-            not finite, or beta <= 0.
+        ValueError: shapes differ, neither or both of group_size and cu_groups are given, a group has fewer than two
+            completions or does not fit N, rewards or ref_logps are not finite or require a gradient, or beta <= 0.
 
     Examples:
         >>> logps = torch.tensor([-3.0, -5.0], requires_grad=True)
-        >>> loss = copg_loss(logps, torch.tensor([-3.0, -5.0]), torch.tensor([1.0, 0.0]), beta=0.5)
+        >>> loss = copg_loss(logps, torch.tensor([-3.0, -5.0]), torch.tensor([1.0, 0.0]), beta=0.5, group_size=2)
         >>> loss.item()
         0.5
         >>> torch.autograd.grad(loss, logps)[0]
@@ -144,18 +141,18 @@ def copg_loss(
     Reference: Flet-Berliac et al., Contrastive Policy Gradient, EMNLP 2024, https://arxiv.org/abs/2406.19185.
     """
     checks.check_loss_inputs(logps, ref_logps, rewards, beta, group_size, cu_groups)
-    dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
-    log_ratios = logps.to(dtype) - ref_logps.detach().to(dtype)
-    regularized_rewards = rewards.detach().to(dtype) - beta * log_ratios
+    # In float64: rewards around 1e7 are one apart in float32, and N numbers cost nothing.
+    log_ratios = logps.double() - ref_logps.detach().double()
+    regularized_rewards = rewards.detach().double() - beta * log_ratios
     if cu_groups is None:
+        assert group_size is not None
         variances = regularized_rewards.view(-1, group_size).var(1, correction=1)
     else:
         sizes = cu_groups.diff().long()
         group = torch.repeat_interleave(sizes, output_size=logps.numel())
-        means = (segment_sum(regularized_rewards, cu_groups) / sizes).to(dtype)
-        squares = segment_sum((regularized_rewards - means[group]) ** 2, cu_groups)
-        variances = (squares / (sizes - 1)).to(dtype)
-    return variances.mean() / (2 * beta)
+        means = segment_sum(regularized_rewards, cu_groups) / sizes
+        variances = segment_sum((regularized_rewards - means[group]) ** 2, cu_groups) / (sizes - 1)
+    return (variances.mean() / (2 * beta)).to(accumulation_dtype(logps.dtype))
 
 
 def linear_copg_loss(
@@ -166,7 +163,7 @@ def linear_copg_loss(
     rewards: Tensor,
     *,
     beta: float,
-    group_size: int = 2,
+    group_size: int | None = None,
     cu_groups: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     average_logps: bool = False,
@@ -194,14 +191,14 @@ def linear_copg_loss(
     of hidden_states (float32 for float16), and the gradient of the head is summed in float32 where there are several
     chunks of groups. With a trainable head, a group whose logits exceed workspace_bytes makes it compute the whole
     batch's logits twice, and so does float16 on a GPU; gemm_units tells. With sparse_eps the gradients take little more
-    than the loss, whatever the groups; the attribute `sparsity` tells what was kept.
+    than the loss, whatever the groups; `sparsity` tells what was kept.
 
     Args:
         hidden_states: (B, L, H) padded, or (T, H) packed with cu_seqlens.
         lm_head_weight: (V, H), same dtype.
         labels: (B, L) or (T,) int64, aligned with hidden_states; ignore_index on prompt and padding.
         ref_logps: (N,) floating point, under the reference policy; averaged if average_logps is set.
-        rewards: (N,) floating point.
+        rewards: (N,) floating point. The contrast is computed in float64.
         beta, group_size, cu_groups: as in `copg_loss`.
         cu_seqlens: (N + 1,) int32 boundaries of packed completions.
         average_logps: mean instead of sum over a completion's tokens; beta then weighs a nat per token.
@@ -210,12 +207,13 @@ def linear_copg_loss(
         bias, logit_scale, softcap, temperature, ignore_index, sparse_eps, workspace_bytes, backend: as `linear_logps`.
 
     Returns:
-        CoPGOutput(loss, logps, regularized_rewards, log_ratios), float32, with the attributes gemm_units, sparsity and
-        entropy.
+        CoPGOutput: loss, logps, regularized_rewards, log_ratios, float32; gemm_units; sparsity and entropy where asked
+        for.
 
     Raises:
-        TypeError, ValueError: as `linear_logps`, `sequence_logps` and `copg_loss`; on a GPU the values of tensors are
-            checked by device assertions.
+        TypeError, ValueError: as `linear_logps`, `sequence_logps` and `copg_loss`, and where a completion has no
+            counted token; on a GPU the values of tensors are checked by device assertions.
+        NotImplementedError: under torch.func.grad and in forward-mode differentiation.
 
     Examples:
         Two completions, of three and of two tokens, where each of 8 tokens is as likely as the others:
@@ -223,7 +221,8 @@ def linear_copg_loss(
         >>> hidden_states, lm_head_weight = torch.zeros(2, 3, 4), torch.zeros(8, 4)
         >>> labels = torch.tensor([[5, 2, 1], [3, 1, -100]])
         >>> ref_logps, rewards = torch.tensor([-6.0, -4.0]), torch.tensor([1.0, 0.0])
-        >>> output = linear_copg_loss(hidden_states, lm_head_weight, labels, ref_logps, rewards, beta=0.1)
+        >>> batch = (hidden_states, lm_head_weight, labels, ref_logps, rewards)
+        >>> output = linear_copg_loss(*batch, beta=0.1, group_size=2)
         >>> output.logps
         tensor([-6.2383, -4.1589])
         >>> output.regularized_rewards
@@ -234,31 +233,30 @@ def linear_copg_loss(
     Reference: Flet-Berliac et al., Contrastive Policy Gradient, EMNLP 2024, https://arxiv.org/abs/2406.19185.
     """
     checks.check_head(hidden_states, lm_head_weight, labels, bias)
+    checks.check_transforms(hidden_states, lm_head_weight, bias)
     checks.check_logit_options(logit_scale, softcap, temperature)
+    checks.check_ignore_index(ignore_index)
     boundaries = checks.completion_boundaries(hidden_states, labels, cu_seqlens)
     num_sequences = boundaries.numel() - 1
     checks.check_completions(ref_logps, rewards, num_sequences, hidden_states.device)
     checks.check_beta(beta)
     groups = checks.group_boundaries(num_sequences, group_size, cu_groups, hidden_states.device)
-    equal = cu_seqlens is None and cu_groups is None
     backend = checks.resolve_backend(backend, hidden_states)
     checks.check_sparse_eps(sparse_eps, hidden_states.dtype, backend)
     checks.check_return_entropy(return_entropy, sparse_eps)
     workspace = checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend)
-    dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-    trains = [
-        torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_states, lm_head_weight, bias)
-    ]
+    checks.check_flag("average_logps", average_logps)
+    trains = [checks.needs_gradient(x) for x in (hidden_states, lm_head_weight, bias)]
     loss, logps, regularized_rewards, log_ratios, _, _, _, entropy, *_, gemm_units, statistics = linear_copg_op(
         hidden_states.reshape(-1, hidden_states.shape[-1]),
         lm_head_weight,
         labels.reshape(-1),
         bias,
-        ref_logps.detach().to(dtype).contiguous(),
-        rewards.detach().to(dtype).contiguous(),
+        ref_logps.detach(),
+        rewards.detach(),
         boundaries,
         groups,
-        [labels.shape[1], group_size] if equal else [],
+        [labels.shape[1], group_size] if cu_seqlens is None and group_size is not None else [],
         float(beta),
         average_logps,
         trains,
@@ -271,14 +269,13 @@ def linear_copg_loss(
         workspace,
         backend,
     )
-    kept = None if sparse_eps is None else Sparsity(*statistics.unbind())
-    return CoPGOutput.of(
+    return CoPGOutput(
         loss,
         logps,
         regularized_rewards,
         log_ratios,
-        gemm_units=gemm_units,
-        sparsity=kept,
+        gemm_units,
+        sparsity=None if sparse_eps is None else Sparsity(*statistics.unbind()),
         entropy=entropy.view(labels.shape) if return_entropy else None,
     )
 
@@ -294,7 +291,7 @@ class CoPGLoss(nn.Module):
     def __init__(
         self,
         beta: float,
-        group_size: int = 2,
+        group_size: int | None = None,
         average_logps: bool = False,
         logit_scale: float = 1.0,
         softcap: float | None = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from copg_kernels import checks
@@ -42,7 +41,7 @@ def linear_logps(
 
     computed from recomputed logits in slices of the vocabulary (four head GEMMs in all, one without gradients). With a
     frozen head dlogp/dhidden_states is formed along with logp, from as many tokens' logits as fit workspace_bytes, and
-    kept in the dtype of hidden_states (two GEMMs; float16 on a GPU: three).
+    kept in the dtype of hidden_states (float32 for float16; two GEMMs, float16 on a GPU: three).
     Ignored rows take no part in the forward pass and get zero gradient. Equal calls give equal bits.
 
     Args:
@@ -74,11 +73,15 @@ def linear_logps(
         ValueError: shapes or devices disagree, a label lies outside [0, V) and is not ignore_index (on a GPU a device
             assertion, so that nothing synchronises), a scalar is out of range, workspace_bytes does not hold one tile,
             or the backend does not exist here.
+        NotImplementedError: under torch.func.grad and in forward-mode differentiation.
     """
     head = Head(lm_head_weight, bias, logit_scale, softcap, temperature)
+    checks.check_ignore_index(ignore_index)
     backend, workspace = _checked(hidden_states, head, labels, sparse_eps, workspace_bytes, backend)
-    if sparse_eps is None or not any(_trains(hidden_states, head)):
+    if sparse_eps is None or not any(_trains(hidden_states, head)) or not labels.numel():
         return _exact(hidden_states, head, labels, ignore_index, workspace, backend, entropy=False)[0]
+    if checks.is_transformed(hidden_states):
+        raise NotImplementedError("sparse_eps must be None under torch.func.vmap")
     tokens = (hidden_states.reshape(-1, hidden_states.shape[-1]), labels.reshape(-1))
     head = Head(lm_head_weight, bias, float(logit_scale), softcap, float(temperature))
     per_token_logps, sparsity = sparse_logps(*tokens, head, ignore_index, float(sparse_eps), workspace, backend)
@@ -114,6 +117,7 @@ def linear_logps_and_entropy(
         TypeError, ValueError: as `linear_logps`.
     """
     head = Head(lm_head_weight, bias, logit_scale, softcap, temperature)
+    checks.check_ignore_index(ignore_index)
     backend, workspace = _checked(hidden_states, head, labels, None, workspace_bytes, backend)
     return _exact(hidden_states, head, labels, ignore_index, workspace, backend, entropy=True)
 
@@ -128,6 +132,7 @@ def _checked(
 ) -> tuple[str, int]:
     """The backend and the workspace, once every argument is known to be what it should."""
     checks.check_head(hidden_states, head.weight, labels, head.bias)
+    checks.check_transforms(hidden_states, head.weight, head.bias)
     checks.check_logit_options(head.logit_scale, head.softcap, head.temperature)
     backend = checks.resolve_backend(backend, hidden_states)
     checks.check_sparse_eps(sparse_eps, hidden_states.dtype, backend)
@@ -135,8 +140,7 @@ def _checked(
 
 
 def _trains(hidden_states: Tensor, head: Head) -> list[bool]:
-    inputs = (hidden_states, head.weight, head.bias)
-    return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
+    return [checks.needs_gradient(x) for x in (hidden_states, head.weight, head.bias)]
 
 
 def _exact(

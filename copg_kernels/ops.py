@@ -3,7 +3,7 @@
 Values (labels in range, finite rewards, boundaries) are checked here, where tensors are real even under torch.compile.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -38,7 +38,7 @@ def linear_logps_op(
     The last two are empty where not asked for.
     """
     checks.require_labels(labels, lm_head_weight.shape[0], ignore_index)
-    head = Head(row_major(lm_head_weight), bias, logit_scale, softcap, temperature)
+    head = plain_head(lm_head_weight, bias, logit_scale, softcap, temperature)
     hidden_states = row_major(hidden_states)
     with on_device(hidden_states, workspace_bytes):
         if frozen_head:
@@ -68,7 +68,8 @@ def _(hidden_states, lm_head_weight, labels, bias, frozen_head, entropy, *option
     per_token_logps, lse = _token_outputs(hidden_states)
     token_entropy = torch.empty_like(per_token_logps) if entropy else lse.new_empty(0)
     if frozen_head:
-        slopes = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        kept = kept_dtype(hidden_states.dtype)
+        slopes = torch.empty_like(hidden_states, dtype=kept, memory_format=torch.contiguous_format)
         return per_token_logps, lse, slopes, token_entropy
     return per_token_logps, lse, lse.new_empty(0), token_entropy
 
@@ -95,7 +96,7 @@ def linear_logps_bwd_op(
         return recompute.token_logps_bwd(
             dlogps.contiguous(),
             row_major(hidden_states),
-            Head(row_major(lm_head_weight), bias, logit_scale, softcap, temperature),
+            plain_head(lm_head_weight, bias, logit_scale, softcap, temperature),
             labels,
             per_token_logps,
             lse,
@@ -184,10 +185,10 @@ def linear_copg_op(
     equal_sizes is (tokens per completion, completions per group), empty where these differ.
     """
     completions = Completions(
-        cu_seqlens,
-        cu_groups,
-        ref_logps,
-        rewards,
+        cu_seqlens.contiguous(),
+        cu_groups.contiguous(),
+        ref_logps.contiguous(),
+        rewards.contiguous(),
         beta,
         average_logps,
         num_groups=cu_groups.numel() - 1,
@@ -195,7 +196,7 @@ def linear_copg_op(
     )
     checks.require_batch(labels, lm_head_weight.shape[0], ignore_index, completions)
     with on_device(hidden_states, workspace_bytes):
-        head = Head(row_major(lm_head_weight), bias, logit_scale, softcap, temperature)
+        head = plain_head(lm_head_weight, bias, logit_scale, softcap, temperature)
         contrast, gradients, units, statistics = closed_groups.copg(
             Batch(row_major(hidden_states), head, labels, completions, ignore_index),
             recompute.Needs(*needs),
@@ -204,7 +205,7 @@ def linear_copg_op(
             backend=backend,
             entropy=entropy,
         )
-    return *contrast, *gradients, torch.tensor(units), statistics
+    return *contrast, *gradients, gemm_units(units, contrast.loss), statistics
 
 
 @linear_copg_op.register_fake
@@ -232,8 +233,8 @@ def _(
         else hidden_states.new_empty(0, dtype=kept)
         for x, need in zip((hidden_states, lm_head_weight, bias), needs, strict=True)
     )
-    units = torch.empty((), dtype=torch.int64, device="cpu")
-    loss, statistics = rewards.new_empty((), dtype=dtype), rewards.new_empty((3,))
+    units = rewards.new_empty((), dtype=torch.int64)
+    loss, statistics = rewards.new_empty((), dtype=dtype), rewards.new_empty((3,), dtype=dtype)
     per_token_logps, lse = _token_outputs(hidden_states)
     token_entropy = torch.empty_like(per_token_logps) if entropy else lse.new_empty(0)
     return loss, *per_completion, per_token_logps, lse, token_entropy, *gradients, units, statistics
@@ -253,16 +254,37 @@ def _linear_copg_backward(ctx, dloss, *_):
     refuse_second_derivative()
     if dloss is None:
         return (None,) * ctx.num_inputs
-    # A loss that is differentiated by itself has nothing to scale; on a GPU it would cost a wait to find out.
-    is_one = type(dloss) is Tensor and not dloss.is_cuda and dloss.item() == 1.0
+    wanted = [*ctx.needs_input_grad[:2], ctx.needs_input_grad[3]]
+    if wanted != ctx.needs:
+        raise NotImplementedError(
+            "linear_copg_loss was called where it could not see which of its inputs require gradients (torch.func.vmap "
+            "within torch.compile), and computed none"
+        )
+    gradients = scaled_once(ctx.saved_tensors, dloss)
     dhidden, dweight, dbias = (
-        (gradient if is_one else gradient * dloss).to(ctx.dtype) if need else None
-        for gradient, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+        gradient.to(ctx.dtype) if need else None for gradient, need in zip(gradients, ctx.needs, strict=True)
     )
     return dhidden, dweight, None, dbias, *(None for _ in range(ctx.num_inputs - 4))
 
 
 linear_copg_op.register_autograd(_linear_copg_backward, setup_context=_linear_copg_setup)
+
+
+def scaled_once(gradients: Sequence[Tensor], dloss: Tensor) -> list[Tensor]:
+    """Gradients that waited for the backward pass, times the loss's own: new tensors, as the caller may write to them.
+
+    The waiting ones themselves where nobody will ask for them again: dloss is 1 and the graph is not kept. On a GPU it
+    would cost a wait to find out what dloss is.
+    """
+    is_plain = type(dloss) is Tensor and not dloss.is_cuda and not torch.compiler.is_compiling()
+    if is_plain and dloss.item() == 1.0 and not torch._C._autograd._get_current_graph_task_keep_graph():
+        return list(gradients)
+    return [gradient * dloss for gradient in gradients]
+
+
+def gemm_units(units: int, like: Tensor) -> Tensor:
+    """() int64 beside the loss: a wrapper that gathers outputs wants them all on one device."""
+    return torch.full((), units, dtype=torch.int64, device=like.device)
 
 
 def refuse_second_derivative() -> None:
@@ -292,6 +314,13 @@ def _token_outputs(hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     return hidden_states.new_empty((num_tokens,), dtype=dtype), hidden_states.new_empty((2, num_tokens), dtype=dtype)
 
 
+def plain_head(
+    weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None, temperature: float
+) -> Head:
+    """The head as kernels read it: rows of the weight side by side in themselves, the bias contiguous."""
+    return Head(row_major(weight), None if bias is None else bias.contiguous(), logit_scale, softcap, temperature)
+
+
 def row_major(matrix: Tensor) -> Tensor:
     """The tile operations take any row stride, but elements of a row side by side."""
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    return matrix if matrix.stride(1) == 1 else matrix.clone(memory_format=torch.contiguous_format)

@@ -94,9 +94,10 @@ def sequence_logps_ref(
     return torch.stack(logps)
 
 
-def groups_ref(num_sequences: int, group_size: int, cu_groups: Tensor | None) -> list[range]:
+def groups_ref(num_sequences: int, group_size: int | None, cu_groups: Tensor | None) -> list[range]:
     """The consecutive completions of each prompt: equal groups, or ragged ones bounded by cu_groups (G + 1,)."""
     if cu_groups is None:
+        assert group_size is not None, "group_size or cu_groups must be given"
         return [range(start, start + group_size) for start in range(0, num_sequences, group_size)]
     edges = cu_groups.tolist()
     return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
@@ -108,7 +109,7 @@ def copg_loss_ref(
     rewards: Tensor,
     *,
     beta: float,
-    group_size: int = 2,
+    group_size: int | None = None,
     cu_groups: Tensor | None = None,
 ) -> Tensor:
     """Contrastive policy gradient as a sum over pairs of completions, averaged over the groups.
@@ -135,7 +136,7 @@ def copg_coefficients_ref(
     rewards: Tensor,
     *,
     beta: float,
-    group_size: int = 2,
+    group_size: int | None = None,
     cu_groups: Tensor | None = None,
 ) -> Tensor:
     """dloss / dlogps of `copg_loss_ref`: minus the leave-one-out advantage of A_i, over k and the number of groups.
@@ -160,7 +161,7 @@ def linear_copg_loss_ref(
     rewards: Tensor,
     *,
     beta: float,
-    group_size: int = 2,
+    group_size: int | None = None,
     cu_groups: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     average_logps: bool = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,20 +11,18 @@ from torch import Tensor
 
 from copg_kernels import checks
 from copg_kernels.copg import CoPGOutput, sequence_logps
-from copg_kernels.kernels.contrast import Completions, Contrast
-from copg_kernels.kernels.head import Head
+from copg_kernels.kernels.contrast import Completions, Contrast, segment_sum
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.row_statistics import Partials
 from copg_kernels.linear_logps import linear_logps, linear_logps_and_entropy
-from copg_kernels.ops import on_device, refuse_second_derivative, row_major
+from copg_kernels.ops import gemm_units, on_device, plain_head, refuse_second_derivative, row_major, scaled_once
 from copg_kernels.schedules import closed_groups, recompute
 from copg_kernels.schedules.chunks import Batch, Chunk, capturing, chunks_of
 from copg_kernels.schedules.sparse_softmax import Sparsity
-from copg_kernels.schedules.tile_ops import can_keep_tiles, tile_ops
+from copg_kernels.schedules.tile_ops import accumulation_dtype, can_keep_tiles, tile_ops
 
-# Coefficients of chunks and of the whole batch are the same sums in another order; a loss that is no mean over groups
-# is off by the share of a chunk.
-_SEPARABLE = 1e-3
+# A separable loss gives a group the same slopes whatever the others' log-probabilities are, but for rounding.
+_SEPARABLE = 1e-5
 
 
 def linear_sequence_loss(
@@ -35,7 +34,7 @@ def linear_sequence_loss(
     *,
     loss: Callable[..., Tensor],
     beta: float,
-    group_size: int = 2,
+    group_size: int | None = None,
     cu_groups: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     average_logps: bool = False,
@@ -53,10 +52,16 @@ def linear_sequence_loss(
 
         loss(sequence_logps(linear_logps(hidden_states, lm_head_weight, labels)), ref_logps, rewards, beta=...)
 
-    Its derivatives by the log-probabilities come from autograd. As in `linear_copg_loss` it takes three head GEMMs, if
-    the loss is a mean over groups of a function of each group; one that turns out not to be is right all the same, but
-    its logits are computed twice. gemm_units tells. Where there are several chunks, a GPU is waited for once to find
-    out; in a CUDA graph, and under torch.compile, the backward pass is that of `linear_logps` instead.
+    Its derivatives by the log-probabilities come from autograd, and so do those by tensors of its own, such as a learnt
+    baseline. Where the logits of the whole batch fit workspace_bytes it takes three head GEMMs, as `linear_copg_loss`.
+    Where they do not, it takes three if every group fits and the loss is declared to be a mean over groups of a
+    function of each group (`copg_kernels.losses.separable`; all losses of this package are). Any other loss takes the
+    backward pass of `linear_logps`, with four. gemm_units tells.
+
+    A loss is called once, with the log-probabilities of all completions. One that is declared separable, and meets
+    several chunks, is called for each of them before, with completions to come still at the reference. In the end its
+    slopes are compared with those of the last call, for which a GPU waits once: where they differ, the batch is
+    computed again. In a CUDA graph and under torch.compile the backward pass is always that of `linear_logps`.
 
     Args:
         loss: one of `copg_kernels.losses`, or the caller's own with the signature
@@ -65,14 +70,17 @@ def linear_sequence_loss(
         The others: as in `linear_copg_loss`.
 
     Returns:
-        CoPGOutput(loss, logps, regularized_rewards, log_ratios) with the attributes gemm_units, sparsity and entropy;
-        all but loss detached.
+        CoPGOutput, as `linear_copg_loss`.
 
     Raises:
-        TypeError, ValueError: as `linear_copg_loss`, and what `loss` raises.
+        TypeError, ValueError, NotImplementedError: as `linear_copg_loss`; loss is no function or returns no scalar
+            tensor; and what it raises itself.
     """
+    checks.check_loss(loss)
     checks.check_head(hidden_states, lm_head_weight, labels, bias)
+    checks.check_transforms(hidden_states, lm_head_weight, bias)
     checks.check_logit_options(logit_scale, softcap, temperature)
+    checks.check_ignore_index(ignore_index)
     boundaries = checks.completion_boundaries(hidden_states, labels, cu_seqlens)
     num_sequences = boundaries.numel() - 1
     checks.check_completions(ref_logps, rewards, num_sequences, hidden_states.device)
@@ -81,36 +89,43 @@ def linear_sequence_loss(
     backend = checks.resolve_backend(backend, hidden_states)
     checks.check_sparse_eps(sparse_eps, hidden_states.dtype, backend)
     checks.check_return_entropy(return_entropy, sparse_eps)
+    checks.check_flag("average_logps", average_logps)
     workspace = checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend)
     ref_logps, rewards = ref_logps.detach(), rewards.detach()
 
     groups = {"group_size": group_size} if cu_groups is None else {"cu_groups": cu_groups}
+    options: dict[str, Any]
 
     def value_of(logps: Tensor) -> Tensor:
-        return loss(logps, ref_logps, rewards, beta=beta, **groups)
+        value = loss(logps, ref_logps, rewards, beta=beta, **groups)
+        checks.check_loss_value(value)
+        return value
 
     inputs = (hidden_states, lm_head_weight, bias)
-    trains = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
-    if any(trains) and sparse_eps is None and not torch.compiler.is_compiling():
-        dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-        completions = Completions(
-            boundaries,
-            group_edges,
-            ref_logps.to(dtype).contiguous(),
-            rewards.to(dtype).contiguous(),
-            float(beta),
-            average_logps,
-            num_groups=group_edges.numel() - 1,
-            equal_sizes=(labels.shape[1], group_size) if cu_seqlens is None and cu_groups is None else None,
-        )
-        head = Head(lm_head_weight.detach(), None if bias is None else bias.detach(), logit_scale, softcap, temperature)
-        tokens = (hidden_states.detach().reshape(-1, hidden_states.shape[-1]), labels.reshape(-1))
+    trains = [checks.needs_gradient(x) for x in inputs]
+    is_plain = not torch.compiler.is_compiling() and not any(checks.is_transformed(x) for x in inputs if x is not None)
+    completions = Completions(
+        boundaries.contiguous(),
+        group_edges.contiguous(),
+        ref_logps.contiguous(),
+        rewards.contiguous(),
+        float(beta),
+        average_logps,
+        num_groups=group_edges.numel() - 1,
+        equal_sizes=(labels.shape[1], group_size) if cu_seqlens is None and group_size is not None else None,
+    )
+    checks.require_batch(labels.reshape(-1), lm_head_weight.shape[0], ignore_index, completions)
+    if any(trains) and sparse_eps is None and is_plain:
+        weight, head_bias = lm_head_weight.detach(), None if bias is None else bias.detach()
+        head = plain_head(weight, head_bias, float(logit_scale), softcap, float(temperature))
+        tokens = row_major(hidden_states.detach().reshape(-1, hidden_states.shape[-1])), labels.reshape(-1)
         batch = Batch(tokens[0], head, tokens[1], completions, ignore_index)
         entropy_shape = labels.shape if return_entropy else None
-        output = _in_closed_groups(batch, inputs, recompute.Needs(*trains), value_of, workspace, backend, entropy_shape)
+        options = dict(workspace_bytes=workspace, backend=backend, is_separable=_is_separable(loss))
+        output = _in_closed_groups(batch, inputs, recompute.Needs(*trains), value_of, entropy_shape, **options)
         if output is not None:
             return output
-    options: dict[str, Any] = dict(
+    options = dict(
         bias=bias,
         logit_scale=logit_scale,
         softcap=softcap,
@@ -135,93 +150,96 @@ def linear_sequence_loss(
     return _output(value_of(logps), logps.detach(), ref_logps, rewards, beta, units, sparsity, entropy)
 
 
+def _is_separable(loss: Callable[..., Tensor]) -> bool:
+    while isinstance(loss, partial) and not hasattr(loss, "separable"):
+        loss = loss.func
+    return getattr(loss, "separable", False)
+
+
 def _in_closed_groups(
     batch: Batch,
     inputs: Sequence[Tensor | None],
     needs: recompute.Needs,
     value_of: Callable[[Tensor], Tensor],
+    entropy_shape: torch.Size | None,
+    *,
     workspace_bytes: int,
     backend: str,
-    entropy_shape: torch.Size | None,
+    is_separable: bool,
 ) -> CoPGOutput | None:
-    """Loss and gradients from one computation of the logits; None where a group's do not fit the workspace.
+    """Loss and gradients from one computation of the logits; None where they have to be computed another way.
 
     entropy_shape is that of the labels, or None where no entropy is wanted.
     """
     completions = batch.completions
-    checks.require_batch(batch.labels, batch.head.weight.shape[0], batch.ignore_index, completions)
-    options: dict[str, Any] = dict(workspace_bytes=workspace_bytes, backend=backend)
     with on_device(batch.hidden_states, workspace_bytes):
-        batch = batch._replace(
-            hidden_states=row_major(batch.hidden_states),
-            head=batch.head._replace(weight=row_major(batch.head.weight)),
-        )
-        chunks = chunks_of(batch, needs, **options)
-        if chunks is None or (len(chunks) > 1 and capturing(batch.labels)):  # _agree reads
+        chunks = chunks_of(batch, needs, workspace_bytes=workspace_bytes, backend=backend)
+        # Over several chunks the slopes are asked for before all log-probs are there, and compared in the end.
+        if chunks is None or (len(chunks) > 1 and (not is_separable or capturing(batch.labels))):
             return None
-        # A chunk's coefficients are taken from the loss of all completions, those to come still at the reference.
-        logps = completions.ref_logps.clone()
-        contrast = _contrast(batch, logps, chunks, value_of, tile_ops(backend).contrast_fwd)
+        logps = completions.ref_logps.to(accumulation_dtype(batch.hidden_states.dtype), copy=True)
+        slopes = _Slopes(value_of, logps, batch)
+        contrast = _contrast(slopes, chunks, tile_ops(backend).contrast_fwd)
         entropy = entropy_shape is not None
         contrasted, gradients, _ = closed_groups.in_chunks(batch, chunks, needs, contrast, backend, entropy=entropy)
-        value, dlogps = _derivative(value_of, logps)
-        units = 1 + needs.hidden_states + needs.weight
-        if len(chunks) > 1 and not _agree(contrasted.coefficients, dlogps, batch):
-            exact = contrasted._replace(coefficients=_per_token(dlogps, batch))
-            gradients = closed_groups.recomputed(batch, exact, needs, **options)
-            units *= 2
+        if len(chunks) > 1 and not slopes.agree_with(contrasted.coefficients):
+            return None
     wanted = [(x, gradient) for x, gradient, need in zip(inputs, gradients, needs, strict=True) if need]
-    value = _KnownGradients.apply(value, [gradient for _, gradient in wanted], *(x for x, _ in wanted))
+    value = _KnownGradients.apply(slopes.value, [gradient for _, gradient in wanted], *(x for x, _ in wanted))
     token_entropy = None if entropy_shape is None else contrasted.entropy.view(entropy_shape)
     numbers = (completions.ref_logps, completions.rewards, completions.beta)
+    units = 1 + needs.hidden_states + needs.weight
     return _output(value, logps, *numbers, units, entropy=token_entropy)
 
 
-def _contrast(
-    batch: Batch,
-    logps: Tensor,
-    chunks: list[Chunk],
-    value_of: Callable[[Tensor], Tensor],
-    contrast_fwd: Callable[[Partials, PackedRows, Completions], Contrast],
-) -> Callable[[Partials, PackedRows, Completions], Contrast]:
-    """The contrast of one chunk after the other; leaves their log-probabilities in logps (N,).
+class _Slopes:
+    """The caller's loss at logps (N,), which fill up chunk by chunk, and its derivatives there."""
 
-    Log-probabilities are those of `contrast_fwd`, coefficients those of the caller's loss.
-    """
+    def __init__(self, value_of: Callable[[Tensor], Tensor], logps: Tensor, batch: Batch) -> None:
+        self.value_of, self.logps, self.batch = value_of, logps, batch
+        self.value = logps.new_empty(())
+
+    def per_token(self) -> Tensor:
+        """Calls the loss -> what each counted token of a completion gets of dloss/dlogps, (N,); keeps the value.
+
+        The value stays part of the graph of the loss's own tensors.
+        """
+        with torch.enable_grad():
+            leaf = self.logps.clone().requires_grad_()
+            self.value = self.value_of(leaf)
+            dlogps = None
+            if self.value.requires_grad:
+                (dlogps,) = torch.autograd.grad(self.value, leaf, retain_graph=True, allow_unused=True)
+        if dlogps is None:
+            return torch.zeros_like(self.logps)
+        if not self.batch.completions.average:
+            return dlogps
+        counted = self.batch.labels != self.batch.ignore_index
+        return (dlogps / segment_sum(counted, self.batch.completions.cu_seqlens)).to(dlogps.dtype)
+
+    def agree_with(self, coefficients: Tensor) -> bool:
+        """Whether those of the chunks are those of the whole batch."""
+        exact = self.per_token()
+        return bool((coefficients - exact).abs().max() <= _SEPARABLE * exact.abs().max())
+
+
+def _contrast(
+    slopes: _Slopes, chunks: list[Chunk], contrast_fwd: Callable[[Partials, PackedRows, Completions], Contrast]
+) -> Callable[[Partials, PackedRows, Completions], Contrast]:
+    """The contrast of one chunk after the other: log-probabilities of `contrast_fwd`, coefficients of the loss."""
     remaining = iter(chunks)
 
     def contrast(partials: Partials, rows: PackedRows, completions: Completions) -> Contrast:
         mine = next(remaining).completions
         contrasted = contrast_fwd(partials, rows, completions)
-        logps[mine] = contrasted.logps
-        value, dlogps = _derivative(value_of, logps)
-        return contrasted._replace(loss=value, coefficients=_per_token(dlogps, batch)[mine])
+        slopes.logps[mine] = contrasted.logps
+        return contrasted._replace(coefficients=slopes.per_token()[mine])
 
     return contrast
 
 
-def _derivative(value_of: Callable[[Tensor], Tensor], logps: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        leaf = logps.clone().requires_grad_()
-        value = value_of(leaf)
-        return value.detach(), torch.autograd.grad(value, leaf)[0]
-
-
-def _per_token(dlogps: Tensor, batch: Batch) -> Tensor:
-    """(N,) dloss/dlogps -> what each counted token of a completion gets of it."""
-    if not batch.completions.average:
-        return dlogps
-    counted = (batch.labels != batch.ignore_index).double()
-    return dlogps / torch.segment_reduce(counted, "sum", offsets=batch.completions.cu_seqlens.long()).to(dlogps)
-
-
-def _agree(coefficients: Tensor, dlogps: Tensor, batch: Batch) -> bool:
-    exact = _per_token(dlogps, batch)
-    return bool((coefficients - exact).abs().max() <= _SEPARABLE * exact.abs().max())
-
-
 class _KnownGradients(torch.autograd.Function):
-    """value, with gradients that are there already: the backward pass only scales them."""
+    """value, with gradients that are there already, and those of what else it was computed from."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
@@ -232,8 +250,8 @@ class _KnownGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dvalue: Tensor) -> tuple:
         refuse_second_derivative()
-        pairs = zip(ctx.saved_tensors, ctx.like, strict=True)
-        return None, None, *((g * dvalue).to(dtype).view(shape) for g, (shape, dtype) in pairs)
+        pairs = zip(scaled_once(ctx.saved_tensors, dvalue), ctx.like, strict=True)
+        return dvalue, None, *(gradient.to(dtype).view(shape) for gradient, (shape, dtype) in pairs)
 
 
 def _output(
@@ -246,7 +264,14 @@ def _output(
     sparsity: Sparsity | None = None,
     entropy: Tensor | None = None,
 ) -> CoPGOutput:
-    log_ratios = logps - ref_logps.to(logps.dtype)
-    regularized_rewards = rewards.to(logps.dtype) - beta * log_ratios
-    fields = (value, logps, regularized_rewards, log_ratios)
-    return CoPGOutput.of(*fields, gemm_units=torch.tensor(units), sparsity=sparsity, entropy=entropy)
+    log_ratios = logps.double() - ref_logps.double()
+    regularized_rewards = rewards.double() - beta * log_ratios
+    return CoPGOutput(
+        value,
+        logps,
+        regularized_rewards.to(logps.dtype),
+        log_ratios.to(logps.dtype),
+        gemm_units(units, logps),
+        sparsity,
+        entropy,
+    )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from copg_kernels import checks
 from copg_kernels.kernels.head import Head
-from copg_kernels.ops import on_device, refuse_second_derivative, row_major
+from copg_kernels.ops import on_device, plain_head, refuse_second_derivative, row_major
 from copg_kernels.schedules import sparse_softmax
 from copg_kernels.schedules.recompute import Needs
 from copg_kernels.schedules.sparse_softmax import Sparsity
@@ -54,7 +54,7 @@ class _SparseLogps(torch.autograd.Function):
         sparse_eps: float,
         options: dict[str, Any],
     ) -> tuple[Tensor, ...]:
-        hidden_states, head = row_major(hidden_states), Head(row_major(lm_head_weight), bias, *logit_options)
+        hidden_states, head = row_major(hidden_states), plain_head(lm_head_weight, bias, *logit_options)
         needs = Needs(*ctx.needs_input_grad[:3])
         with on_device(hidden_states, options["workspace_bytes"]):
             per_token_logps, lse, ctx.compact = sparse_softmax.token_logps(
@@ -62,7 +62,7 @@ class _SparseLogps(torch.autograd.Function):
             )
             statistics = sparse_softmax.statistics(ctx.compact, head.weight.shape[0], options["backend"])
         ctx.logit_options, ctx.options = logit_options, options
-        ctx.save_for_backward(hidden_states, head.weight, bias, labels, per_token_logps, lse)
+        ctx.save_for_backward(hidden_states, *head[:2], labels, per_token_logps, lse)
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
         return per_token_logps, statistics

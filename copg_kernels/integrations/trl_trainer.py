@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trl import RLOOConfig, RLOOTrainer
 from trl.trainer.utils import get_config_model_id, split_tensor_dict
 
-from copg_kernels import linear_copg_loss, linear_logps
+from copg_kernels import copg_loss, linear_copg_loss, linear_logps, linear_logps_and_entropy, sequence_logps
 from copg_kernels.integrations.in_forward import Outputs, call_in_forward
 from copg_kernels.integrations.trainer_engine import refuse_engine, wrap_evaluated_model
 from copg_kernels.integrations.transformers import HeadInputs
@@ -135,20 +135,21 @@ class CoPGTrainer(RLOOTrainer):
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
 
         def loss_of(hidden_states: Tensor, labels: Tensor, head: HeadInputs) -> tuple[Tensor, Tensor]:
-            output = linear_copg_loss(
-                hidden_states,
-                head.lm_head_weight,
-                labels,
-                inputs["old_logps"],
-                inputs["advantages"] * ((group_size - 1) / group_size),
-                beta=self.beta,
-                group_size=group_size,
-                temperature=self.temperature,
-                return_entropy=True,
-                **head.options(),
-            )
-            assert output.entropy is not None
-            return output.loss, torch.stack([output.entropy.sum(), (labels != -100).sum()])
+            weight, old_logps = head.lm_head_weight, inputs["old_logps"]
+            rewards = inputs["advantages"] * ((group_size - 1) / group_size)
+            contrast: dict[str, Any] = dict(beta=self.beta, group_size=group_size)
+            options: dict[str, Any] = dict(temperature=self.temperature, **head.options())
+            entropy: Tensor | None
+            if self.mask_truncated_completions:
+                # A truncated completion has no token left, which the fused loss refuses; as in RLOO its reward counts.
+                per_token_logps, entropy = linear_logps_and_entropy(hidden_states, weight, labels, **options)
+                loss = copg_loss(sequence_logps(per_token_logps, labels), old_logps, rewards, **contrast)
+            else:
+                options |= dict(contrast, return_entropy=True)
+                output = linear_copg_loss(hidden_states, weight, labels, old_logps, rewards, **options)
+                loss, entropy = output.loss, output.entropy
+            assert entropy is not None
+            return loss, torch.stack([entropy.sum(), (labels != -100).sum()])
 
         num_labels = inputs["completion_ids"].size(1)
         loss, entropy = self._in_forward(model, loss_of, input_ids, attention_mask, num_labels)

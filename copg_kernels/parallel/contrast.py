@@ -20,7 +20,7 @@ def parallel_copg_loss(
     rewards: Tensor,
     *,
     beta: float,
-    group_size: int = 2,
+    group_size: int | None = None,
     group_ids: Tensor | None = None,
     group: dist.ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
@@ -39,7 +39,7 @@ def parallel_copg_loss(
         ref_logps, rewards: (N_r,) floating point.
         beta: as in `copg_loss`.
         group_size: k >= 2 consecutive completions per prompt, counted through the ranks in their order; divides the
-            number of completions of all ranks.
+            number of completions of all ranks. It has no default.
         group_ids: (N_r,) int64, the prompt of each completion, instead of group_size: completions with the same number
             form a group, of any size from two, wherever they are.
         group: a ProcessGroup, a one-dimensional DeviceMesh, or None for all processes.
@@ -56,30 +56,35 @@ def parallel_copg_loss(
     """
     group = process_group(group)
     sizes = agree(group, lambda: _describe(logps, ref_logps, rewards, beta, group_size, group_ids))
-    if group_ids is None and (sum(sizes) == 0 or sum(sizes) % group_size):
+    if group_size is not None and (sum(sizes) == 0 or sum(sizes) % group_size):
         per_rank = dict(zip(dist.get_process_group_ranks(group), sizes, strict=True))
         raise ValueError(
             f"group_size must divide the number of completions of all ranks, {sum(sizes)}, got {group_size} and "
             f"completions per rank {per_rank}"
         )
-    dtype = torch.float64 if logps.dtype == torch.float64 else torch.float32
-    local = torch.stack([logps.to(dtype), ref_logps.detach().to(dtype), rewards.detach().to(dtype)], dim=1)
-    all_logps, all_ref_logps, all_rewards = gather_rows(local, sizes, group=group).unbind(1)
-    if group_ids is None:
-        return copg_loss(all_logps, all_ref_logps, all_rewards, beta=beta, group_size=group_size)
-    order, cu_groups = _consecutive(gather_rows(group_ids, sizes, group=group))
-    return copg_loss(all_logps[order], all_ref_logps[order], all_rewards[order], beta=beta, cu_groups=cu_groups)
+    local = torch.stack([logps.double(), ref_logps.detach().double(), rewards.detach().double()], dim=1)
+    completions = gather_rows(local, sizes, group=group)
+    cu_groups = None
+    if group_ids is not None:
+        order, cu_groups = _consecutive(gather_rows(group_ids, sizes, group=group))
+        completions = completions[order]
+    all_logps, (all_ref_logps, all_rewards) = completions[:, 0], completions[:, 1:].detach().unbind(1)
+    loss = copg_loss(all_logps, all_ref_logps, all_rewards, beta=beta, group_size=group_size, cu_groups=cu_groups)
+    return loss if logps.dtype == torch.float64 else loss.float()
 
 
 def _describe(
-    logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float, group_size: int, group_ids: Tensor | None
+    logps: Tensor, ref_logps: Tensor, rewards: Tensor, beta: float, group_size: int | None, group_ids: Tensor | None
 ) -> Call:
     checks.check_loss_values(logps, ref_logps, rewards, beta)
-    checks.check_group_size(group_size)
+    if (group_size is None) == (group_ids is None):
+        came = "neither" if group_size is None else "both"
+        raise ValueError(f"group_size or group_ids must be given, and not both; got {came}")
+    if group_size is not None:
+        checks.check_group_size(group_size)
     if group_ids is not None:
         checks.check_group_ids(group_ids, logps)
-    shared = {"beta": beta, "group_size": group_size, "the dtype of logps": logps.dtype}
-    return Call(shared | {"the use of group_ids": group_ids is not None}, logps.numel())
+    return Call({"beta": beta, "group_size": group_size, "the dtype of logps": logps.dtype}, logps.numel())
 
 
 def _consecutive(group_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from copg_kernels import checks
 from copg_kernels.kernels.head import Head
-from copg_kernels.ops import on_device, row_major
+from copg_kernels.ops import on_device, plain_head, row_major
 from copg_kernels.parallel.agreement import Call, agree, process_group
 from copg_kernels.schedules import vocab_parallel
 from copg_kernels.schedules.recompute import Needs
@@ -125,11 +125,11 @@ class _ParallelLogps(torch.autograd.Function):
         group: dist.ProcessGroup,
         options: dict[str, Any],
     ) -> Tensor:
-        hidden_states, head = row_major(hidden_states), Head(row_major(shard), bias, *logit_options)
+        hidden_states, head = row_major(hidden_states), plain_head(shard, bias, *logit_options)
         with on_device(hidden_states, options["workspace_bytes"]):
             per_token_logps, lse = vocab_parallel.token_logps(hidden_states, head, labels, group, **options)
         ctx.logit_options, ctx.group, ctx.options = logit_options, group, options
-        ctx.save_for_backward(hidden_states, head.weight, bias, labels, per_token_logps, lse)
+        ctx.save_for_backward(hidden_states, *head[:2], labels, per_token_logps, lse)
         return per_token_logps
 
     @staticmethod
@@ -165,6 +165,8 @@ def _describe(
 ) -> Call:
     shard, bias = _local("lm_head_shard", lm_head_shard), _local("bias", bias)
     checks.check_head(hidden_states, shard, labels, bias, least_rows=0)
+    checks.check_transforms(hidden_states, shard, bias)
+    checks.check_ignore_index(options.ignore_index)
     checks.check_logit_options(options.logit_scale, options.softcap, options.temperature)
     backend = checks.resolve_backend(options.backend, hidden_states)
     checks.check_workspace(options.workspace_bytes, hidden_states, labels.numel(), backend)
