@@ -71,6 +71,10 @@ class Case(NamedTuple):
     inputs: BenchInputs
     cu_groups: Tensor | None = None  # (G + 1,) int32 instead of inputs.group_size
 
+    @property
+    def groups(self) -> dict[str, Any]:
+        return dict(group_size=self.inputs.group_size) if self.cu_groups is None else dict(cu_groups=self.cu_groups)
+
     def coefficients(self) -> Tensor:
         """(T,) gradient of the CoPG loss in the token log-probs."""
         inputs = self.inputs
@@ -82,8 +86,7 @@ class Case(NamedTuple):
             inputs.ref_logps,
             inputs.rewards,
             beta=inputs.beta,
-            group_size=inputs.group_size,
-            cu_groups=self.cu_groups,
+            **self.groups,
         )
         return torch.autograd.grad(loss, token_logps)[0]
 
@@ -96,8 +99,7 @@ class Case(NamedTuple):
             inputs.ref_logps,
             inputs.rewards,
             beta=inputs.beta,
-            group_size=inputs.group_size,
-            cu_groups=self.cu_groups,
+            **self.groups,
             cu_seqlens=inputs.cu_seqlens,
             sparse_eps=sparse_eps,
         ).loss

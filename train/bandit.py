@@ -63,7 +63,7 @@ PAPER_EPOCHS = 100
 
 
 def copg(arm_logps: Tensor, pairs: Pairs) -> Tensor:
-    return len(arm_logps) * copg_loss(*completions(arm_logps, pairs), beta=BETA)
+    return len(arm_logps) * copg_loss(*completions(arm_logps, pairs), beta=BETA, group_size=2)
 
 
 def ipo(arm_logps: Tensor, pairs: Pairs) -> Tensor:
@@ -73,12 +73,13 @@ def ipo(arm_logps: Tensor, pairs: Pairs) -> Tensor:
 
 
 def policy_gradient(arm_logps: Tensor, pairs: Pairs) -> Tensor:
-    return len(arm_logps) * losses.reinforce_loss(*completions(arm_logps, pairs), beta=BETA)
+    return len(arm_logps) * losses.reinforce_loss(*completions(arm_logps, pairs), beta=BETA, group_size=2)
 
 
 def value_baseline(arm_logps: Tensor, pairs: Pairs) -> Tensor:
-    values = (arm_logps.exp() @ REWARDS).repeat_interleave(pairs.arms[0].numel())
-    return len(arm_logps) * losses.reinforce_loss(*completions(arm_logps, pairs), beta=BETA, baseline=values)
+    values = (arm_logps.detach().exp() @ REWARDS).repeat_interleave(pairs.arms[0].numel())
+    numbers = completions(arm_logps, pairs)
+    return len(arm_logps) * losses.reinforce_loss(*numbers, beta=BETA, group_size=2, baseline=values)
 
 
 METHODS: dict[str, Callable[[Tensor, Pairs], Tensor]] = {

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from copg_kernels import linear_copg_loss, linear_sequence_loss
-from copg_kernels.losses import dpo_loss, ipo_loss, raft_loss, rloo_loss
+from copg_kernels.losses import dpo_loss, ipo_loss, raft_loss, rloo_loss, separable
 from train.batch import Batch, pack, step_indices
 from train.laboratory import evaluate, load_laboratory
 from train.model import PAD_ID, head_inputs
@@ -24,8 +24,9 @@ from train.optimize import descend
 from train.summarize_settings import Settings
 
 
+@separable
 def unregularized_rloo_loss(
-    logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float, group_size: int = 2
+    logps: Tensor, ref_logps: Tensor, rewards: Tensor, *, beta: float, group_size: int
 ) -> Tensor:
     """RLOO as trainers run it on stored samples: the KL penalty belongs to the sampling policy, here pi_ref, and is 0.
 
@@ -33,7 +34,7 @@ def unregularized_rloo_loss(
 
     ref_logps and beta take no part.
     """
-    return rloo_loss(logps, logps, rewards, beta=beta, group_size=group_size)
+    return rloo_loss(logps, logps.detach(), rewards, beta=beta, group_size=group_size)
 
 
 class Method(NamedTuple):
@@ -104,6 +105,7 @@ def policy_loss(policy: PreTrainedModel, batch: Batch, job: Job, settings: Setti
         ref_logps,
         batch.rewards,
         beta=1.0 if job.beta is None else job.beta,  # a loss without beta ignores it
+        group_size=batch.group_sizes[0],
         cu_seqlens=batch.cu_seqlens,
         average_logps=method.average_logps,
     ).loss
