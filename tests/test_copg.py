@@ -1,5 +1,7 @@
 """The contrastive loss: its identities, its gradients through the head, packing and grouping."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -88,8 +90,12 @@ def test_outputs(backend):
     torch.testing.assert_close(
         output.loss, copg_loss(logps, batch["ref_logps"], batch["rewards"], beta=0.3, group_size=4)
     )
-    assert output.loss.requires_grad and not any(value.requires_grad for value in output[1:])
-    assert output._fields == ("loss", "logps", "regularized_rewards", "log_ratios") and len(output) == 4
+    assert output.loss.requires_grad and not any(value.requires_grad for value in output[1:5])
+    names = ("loss", "logps", "regularized_rewards", "log_ratios", "gemm_units", "sparsity", "entropy")
+    assert output._fields == names and len(output) == 7 and type(output).__bases__ == (tuple,)
+    assert output.gemm_units == 3 and output.gemm_units.dtype == torch.int64
+    assert output.gemm_units.device == output.loss.device
+    assert output.sparsity is None and output.entropy is None
 
 
 def test_at_the_reference_the_log_ratio_is_exactly_0(backend):
@@ -101,7 +107,7 @@ def test_at_the_reference_the_log_ratio_is_exactly_0(backend):
             batch["ref_logps"] = sequence_logps(
                 tokens, batch["labels"], cu_seqlens=batch["cu_seqlens"], average=average
             )
-        output = linear_copg_loss(**batch, beta=0.3, average_logps=average, backend=backend)
+        output = linear_copg_loss(**batch, beta=0.3, group_size=2, average_logps=average, backend=backend)
         assert (output.log_ratios == 0).all()
         assert torch.equal(output.regularized_rewards, batch["rewards"])
 
@@ -110,8 +116,8 @@ def test_padded_equals_packed(backend):
     batch = make_batch(lengths=[6, 6, 6, 6, 6, 6, 6, 6])
     padded = dict(batch, cu_seqlens=None, labels=batch["labels"].view(8, 6))
     padded["hidden_states"] = batch["hidden_states"].view(8, 6, -1)
-    packed_loss, packed_gradients = loss_and_gradients(linear_copg_loss, batch, beta=0.3, backend=backend)
-    loss = linear_copg_loss(**padded, beta=0.3, backend=backend).loss
+    packed_loss, packed_gradients = loss_and_gradients(linear_copg_loss, batch, beta=0.3, group_size=2, backend=backend)
+    loss = linear_copg_loss(**padded, beta=0.3, group_size=2, backend=backend).loss
     gradients = torch.autograd.grad(loss, (batch["hidden_states"], batch["lm_head_weight"]))
     assert torch.equal(loss, packed_loss)
     assert all(torch.equal(*pair) for pair in zip(gradients, packed_gradients, strict=True))
@@ -128,8 +134,12 @@ def test_padding_changes_nothing(backend):
         padded_hidden[row, :length] = batch["hidden_states"].detach()[start : start + length]
         padded_labels[row, :length] = batch["labels"][start : start + length]
     padded = dict(batch, hidden_states=padded_hidden.requires_grad_(), labels=padded_labels, cu_seqlens=None)
-    packed_loss, (dpacked, dweight) = loss_and_gradients(linear_copg_loss, batch, beta=0.3, backend=backend)
-    loss, (dpadded, padded_dweight) = loss_and_gradients(linear_copg_loss, padded, beta=0.3, backend=backend)
+    packed_loss, (dpacked, dweight) = loss_and_gradients(
+        linear_copg_loss, batch, beta=0.3, group_size=2, backend=backend
+    )
+    loss, (dpadded, padded_dweight) = loss_and_gradients(
+        linear_copg_loss, padded, beta=0.3, group_size=2, backend=backend
+    )
     assert torch.equal(loss, packed_loss) and torch.equal(dweight, padded_dweight)
     assert torch.equal(dpadded[padded_labels != -100], dpacked)
     assert (dpadded[padded_labels == -100] == 0).all()
@@ -152,8 +162,8 @@ def test_sequences_do_not_disturb_each_other(backend):
 
 def test_same_bits_every_time(backend):
     batch = make_batch(torch.float16)
-    first = loss_and_gradients(linear_copg_loss, batch, beta=0.3, backend=backend)
-    second = loss_and_gradients(linear_copg_loss, batch, beta=0.3, backend=backend)
+    first = loss_and_gradients(linear_copg_loss, batch, beta=0.3, group_size=2, backend=backend)
+    second = loss_and_gradients(linear_copg_loss, batch, beta=0.3, group_size=2, backend=backend)
     assert torch.equal(first[0], second[0]) and all(
         torch.equal(*pair) for pair in zip(first[1], second[1], strict=True)
     )
@@ -162,10 +172,10 @@ def test_same_bits_every_time(backend):
 def test_every_head_option_reaches_the_loss(backend):
     batch = make_batch()
     head = dict(bias=torch.randn(131, device=DEVICE), logit_scale=0.8, softcap=6.0, temperature=1.25)
-    loss, gradients = loss_and_gradients(linear_copg_loss, batch, beta=0.3, backend=backend, **head)
+    loss, gradients = loss_and_gradients(linear_copg_loss, batch, beta=0.3, group_size=2, backend=backend, **head)
     double = upcast(batch, torch.float64)
     head["bias"] = head["bias"].double()
-    gold, gold_gradients = loss_and_gradients(linear_copg_loss_ref, double, beta=0.3, **head)
+    gold, gold_gradients = loss_and_gradients(linear_copg_loss_ref, double, beta=0.3, group_size=2, **head)
     torch.testing.assert_close(loss.double(), gold, rtol=1e-4, atol=0.0)
     assert all(relative_error(*pair) < 1e-4 for pair in zip(gradients, gold_gradients, strict=True))
 
@@ -182,7 +192,7 @@ def test_module_face(backend):
         cu_seqlens=batch["cu_seqlens"],
     )
     expected = linear_copg_loss(**batch, beta=0.3, group_size=4, temperature=1.25, backend=backend)
-    assert all(torch.equal(*pair) for pair in zip(output, expected, strict=True))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(output, expected, strict=True))
     assert "beta=0.3" in repr(module)
 
 
@@ -203,7 +213,9 @@ def test_linear_sequence_loss_with_any_loss(backend):
 
     for loss in (own_loss, losses.dpo_loss, losses.rloo_loss):
         batch = make_batch()
-        value, gradients = loss_and_gradients(linear_sequence_loss, batch, loss=loss, beta=0.3, backend=backend)
+        value, gradients = loss_and_gradients(
+            linear_sequence_loss, batch, loss=loss, beta=0.3, group_size=2, backend=backend
+        )
         wide = upcast(batch, torch.float64)
         logps = sequence_logps_ref(
             (wide["hidden_states"] @ wide["lm_head_weight"].T)
@@ -233,30 +245,47 @@ def test_sequence_logps(average):
 
 
 def test_empty_completion_sums_to_0(backend):
+    """Where log-probs are wanted; in a fused loss that 0 would stand in its group's contrast, and is refused."""
     batch = make_batch(lengths=[4, 0, 3, 5])
     batch["labels"].clamp_(min=0)
-    output = linear_copg_loss(**batch, beta=0.3, backend=backend)
-    assert output.logps[1] == 0 and output.loss.isfinite()
+    token_logps = linear_logps(batch["hidden_states"], batch["lm_head_weight"], batch["labels"], backend=backend)
+    logps = sequence_logps(token_logps, batch["labels"], cu_seqlens=batch["cu_seqlens"])
+    assert logps[1] == 0 and logps.isfinite().all()
+    assert_refused_as_empty(batch, 1, backend)
 
 
 def test_no_tokens_at_all(backend):
-    """Nothing to differentiate, but a loss all the same: log-probs of 0."""
+    """Log-probs of 0 and nothing to differentiate, but no fused loss."""
     hidden_states = torch.randn(0, 8, device=DEVICE, requires_grad=True)
     weight = torch.randn(11, 8, device=DEVICE, requires_grad=True)
     labels = torch.zeros(0, dtype=torch.int64, device=DEVICE)
     numbers = torch.tensor([[0.0, 0.0], [1.0, 0.0]], device=DEVICE)
     cu_seqlens = torch.zeros(3, dtype=torch.int32, device=DEVICE)
-    output = linear_copg_loss(hidden_states, weight, labels, *numbers, beta=0.5, cu_seqlens=cu_seqlens, backend=backend)
-    assert output.loss == 0.5  # (1 - 0)^2 / (4 beta)
-    output.loss.backward()
+    logps = sequence_logps(linear_logps(hidden_states, weight, labels, backend=backend), labels, cu_seqlens=cu_seqlens)
+    loss = copg_loss(logps, *numbers, beta=0.5, group_size=2)
+    assert loss == 0.5  # (1 - 0)^2 / (4 beta)
+    loss.backward()
     assert (weight.grad == 0).all() and hidden_states.grad.shape == (0, 8)
+    batch = dict(hidden_states=hidden_states, lm_head_weight=weight, labels=labels, cu_seqlens=cu_seqlens)
+    assert_refused_as_empty(batch | dict(ref_logps=numbers[0], rewards=numbers[1]), 0, backend)
+
+
+def assert_refused_as_empty(batch: dict, completion: int, backend: str):
+    """By both fused losses, with and without gradients; on a GPU it would be a device assertion."""
+    if DEVICE.type == "cuda":
+        return
+    message = f"labels must leave every completion a counted token, completion {completion} has none"
+    for function in (linear_copg_loss, partial(linear_sequence_loss, loss=copg_loss)):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), pytest.raises(ValueError, match=message):
+                function(**batch, beta=0.5, group_size=2, backend=backend)
 
 
 def test_upstream_gradient_scales(backend):
     batch = make_batch()
     inputs = (batch["hidden_states"], batch["lm_head_weight"])
-    once = torch.autograd.grad(linear_copg_loss(**batch, beta=0.3, backend=backend).loss, inputs)
-    scaled = torch.autograd.grad(-4 * linear_copg_loss(**batch, beta=0.3, backend=backend).loss, inputs)
+    once = torch.autograd.grad(linear_copg_loss(**batch, beta=0.3, group_size=2, backend=backend).loss, inputs)
+    scaled = torch.autograd.grad(-4 * linear_copg_loss(**batch, beta=0.3, group_size=2, backend=backend).loss, inputs)
     assert all(torch.equal(-4 * a, b) for a, b in zip(once, scaled, strict=True))
 
 
@@ -279,7 +308,7 @@ def test_variance_form_is_the_pairwise_loop(groups):
 
 def test_pair_by_hand():
     logps = torch.tensor([-3.0, -7.0], requires_grad=True)
-    loss = copg_loss(logps, torch.tensor([-4.0, -5.0]), torch.tensor([1.0, 0.0]), beta=0.5)
+    loss = copg_loss(logps, torch.tensor([-4.0, -5.0]), torch.tensor([1.0, 0.0]), beta=0.5, group_size=2)
     loss.backward()
     # A = (0.5, 1): loss = 0.25 / (4 * 0.5), gradient = -(A - A') / 2
     assert loss == 0.125 and logps.grad.tolist() == [0.25, -0.25]
@@ -326,8 +355,8 @@ def test_beta_is_not_half_of_it():
     weights = rewards - 0.4 * log_ratios
     trap = -((weights[0] - weights[1]) * log_ratios[0] + (weights[1] - weights[0]) * log_ratios[1])
     (trapped,) = torch.autograd.grad(trap, logps, retain_graph=True)
-    (at_beta,) = torch.autograd.grad(copg_loss(logps, ref_logps, rewards, beta=0.4), logps)
-    (at_twice,) = torch.autograd.grad(copg_loss(logps, ref_logps, rewards, beta=0.8), logps)
+    (at_beta,) = torch.autograd.grad(copg_loss(logps, ref_logps, rewards, beta=0.4, group_size=2), logps)
+    (at_twice,) = torch.autograd.grad(copg_loss(logps, ref_logps, rewards, beta=0.8, group_size=2), logps)
     torch.testing.assert_close(trapped / 2, at_twice)
     assert (at_beta - at_twice).abs().max() > 1e-3
 
@@ -336,16 +365,30 @@ def test_ipo_is_copg_with_quarter_rewards():
     logps, ref_logps, _ = random_numbers(2)
     rewards = torch.tensor([0.25, -0.25], dtype=torch.float64, device=DEVICE)
     beta = 0.4
-    copg = copg_loss(logps, ref_logps, rewards, beta=beta)
+    copg = copg_loss(logps, ref_logps, rewards, beta=beta, group_size=2)
     ipo = losses.ipo_loss(logps, ref_logps, rewards, beta=beta)
     torch.testing.assert_close(copg, beta / 4 * ipo)
 
 
-def test_only_logps_is_differentiable():
+@pytest.mark.parametrize("name", ["ref_logps", "rewards"])
+def test_only_logps_is_differentiable(name):
+    """A gradient that is asked for and never comes would not be missed, so that the question is refused."""
     logps, ref_logps, rewards = random_numbers()
-    loss = copg_loss(logps, ref_logps.requires_grad_(), rewards.requires_grad_(), beta=0.4)
+    numbers, options = dict(ref_logps=ref_logps, rewards=rewards), dict(beta=0.4, group_size=2)
+    loss = copg_loss(logps, **numbers, **options)
     loss.backward()
-    assert logps.grad is not None and ref_logps.grad is None and rewards.grad is None
+    assert logps.grad is not None
+    numbers[name].requires_grad_()
+    message = rf"{name} must not require a gradient, as no loss here has one; pass {name}\.detach\(\)"
+    with pytest.raises(ValueError, match=message):
+        copg_loss(logps, **numbers, **options)
+    with torch.no_grad():
+        assert copg_loss(logps, **numbers, **options) == loss
+    batch = make_batch()
+    batch[name].requires_grad_()
+    for function in (linear_copg_loss, partial(linear_sequence_loss, loss=copg_loss)):
+        with pytest.raises(ValueError, match=message):
+            function(**batch, **options)
 
 
 def test_gradcheck():

@@ -97,7 +97,7 @@ def test_plain_pytorch():
     given = plain_model() | batch()
     scope = execute(RECIPES["Plain PyTorch"], **given)
     logits = given["lm_head"](given["body"](given["input_ids"]))
-    loss = copg_loss_ref(logps_by_hand(logits, given), given["ref_logps"], given["rewards"], beta=BETA)
+    loss = copg_loss_ref(logps_by_hand(logits, given), given["ref_logps"], given["rewards"], beta=BETA, group_size=2)
     assert scope["output"].loss.item() == pytest.approx(loss.item(), rel=1e-12)
     assert_gradient(given["lm_head"].weight, loss)
 
@@ -125,7 +125,9 @@ def test_transformers_in_a_loop():
     code = RECIPES["A model of transformers in your own loop"]
     execute(code, model=model, attention_mask=attention_mask, labels=labels_of(given), **given)
     logps = logps_by_hand(model(given["input_ids"]).logits, given)
-    assert_gradient(model.lm_head.weight, copg_loss_ref(logps, given["ref_logps"], given["rewards"], beta=BETA))
+    assert_gradient(
+        model.lm_head.weight, copg_loss_ref(logps, given["ref_logps"], given["rewards"], beta=BETA, group_size=2)
+    )
 
 
 def test_accelerate_in_a_loop(monkeypatch):
@@ -134,7 +136,7 @@ def test_accelerate_in_a_loop(monkeypatch):
     model, given = gpt2(), batch()
     given |= dict(attention_mask=torch.ones_like(given["input_ids"]), labels=labels_of(given))
     logps = logps_by_hand(model(given["input_ids"]).logits, given)
-    loss = copg_loss_ref(logps, given["ref_logps"], given["rewards"], beta=BETA)
+    loss = copg_loss_ref(logps, given["ref_logps"], given["rewards"], beta=BETA, group_size=2)
     expected = [weight - gradient for weight, gradient in zip(*leaves_and_gradients(model, loss), strict=True)]
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scope = execute(RECIPES["The same loop with accelerate"], model=model, optimizer=optimizer, **given)
@@ -324,7 +326,7 @@ def call(operator, hidden_states, **options):
     completions = (torch.zeros(4), torch.tensor([1.0, 0.0, 2.0, 0.5]))
     if operator is linear_sequence_loss:
         options = options | dict(loss=losses.ipo_loss)
-    return operator(hidden_states, weight, labels, *completions, beta=BETA, **options).loss
+    return operator(hidden_states, weight, labels, *completions, beta=BETA, group_size=2, **options).loss
 
 
 @pytest.mark.parametrize("sparse_eps", [None, 1e-3])
@@ -350,7 +352,7 @@ def with_a_dtensor(group, operator, argument):
     )
     tensors[argument] = distribute_tensor(tensors[argument], mesh, [Shard(0)])
     if operator is not linear_logps:
-        tensors |= dict(ref_logps=torch.zeros(4), rewards=torch.zeros(4), beta=BETA)
+        tensors |= dict(ref_logps=torch.zeros(4), rewards=torch.zeros(4), beta=BETA, group_size=2)
     operator(**tensors, **(dict(loss=losses.ipo_loss) if operator is linear_sequence_loss else {}))
 
 

@@ -18,7 +18,7 @@ from copg_kernels.kernels.contrast import Completions
 from copg_kernels.kernels.head import Head
 from copg_kernels.schedules import closed_groups, forward, frozen_head, recompute
 from copg_kernels.schedules.chunks import Batch
-from tests.conftest import DEVICE, KERNEL_DTYPES
+from tests.conftest import DEVICE
 from tests.test_work import MatmulFlops
 
 T, V, H = 37, 301, 24
@@ -46,8 +46,6 @@ def entropy_of(hidden_states, lm_head_weight, labels, bias=None, logit_scale=1.0
 @pytest.mark.parametrize("head", [{}, dict(logit_scale=0.8, softcap=6.0, temperature=1.25)], ids=["plain", "head"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_entropy(dtype, head, frozen_head, backend):
-    if backend == "triton" and dtype not in KERNEL_DTYPES:
-        pytest.skip("the interpreter cannot multiply bfloat16")
     inputs = operands(dtype)
     if head:
         inputs["bias"] = torch.randn(V, device=DEVICE).to(dtype)
@@ -113,6 +111,7 @@ def test_edges(backend):
 
 
 def test_no_product_more():
+    """Of the twins, whose products torch can count; kernels have theirs inside."""
     hidden_states, weight, labels = operands().values()
     options = dict(ignore_index=-100, workspace_bytes=2**20, backend="torch")
     for schedule in (forward.token_logps, frozen_head.token_logps_and_slopes):
@@ -127,10 +126,22 @@ def test_no_product_more():
 # Of the fused losses
 
 N, L = 8, 5
+
+
+def square_of_the_mean(logps, ref_logps, rewards, *, beta, group_size):
+    return logps.mean() ** 2
+
+
+@losses.separable
+def wrongly_declared(logps, ref_logps, rewards, *, beta, group_size):
+    return logps.mean() ** 2
+
+
 FUSED = {
     "copg": linear_copg_loss,
     "any loss": partial(linear_sequence_loss, loss=losses.rloo_loss),
-    "not over groups": partial(linear_sequence_loss, loss=lambda logps, *_, **options: logps.mean() ** 2),
+    "not over groups": partial(linear_sequence_loss, loss=square_of_the_mean),
+    "wrongly declared": partial(linear_sequence_loss, loss=wrongly_declared),
 }
 TRAINS = {"all": ["hidden_states", "lm_head_weight"], "hidden states": ["hidden_states"], "nothing": []}
 # (workspace_bytes, group_size): 45 kB hold 32 tokens or more of the 40
@@ -149,9 +160,9 @@ def batch(dtype=torch.float32, trains: Sequence[str] = TRAINS["all"]) -> dict:
 
 
 def everything(output, inputs: dict) -> list[torch.Tensor]:
-    """All fields, the work and the gradients."""
+    """All fields but the optional ones, and the gradients."""
     leaves = [x for x in inputs.values() if x.requires_grad]
-    return [*output, output.gemm_units, *(torch.autograd.grad(output.loss, leaves) if leaves else [])]
+    return [*output[:5], *(torch.autograd.grad(output.loss, leaves) if leaves else [])]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +178,8 @@ def everything(output, inputs: dict) -> list[torch.Tensor]:
         ("any loss", "all", "group beyond the workspace", 4),
         ("any loss", "hidden states", "one chunk", 2),
         ("any loss", "nothing", "chunks", 1),
-        ("not over groups", "all", "chunks", 6),
+        ("not over groups", "all", "chunks", 4),
+        ("wrongly declared", "all", "chunks", 4),
     ],
 )
 def test_entropy_of_a_fused_loss(loss, trains, schedule, units, backend):
@@ -178,6 +190,7 @@ def test_entropy_of_a_fused_loss(loss, trains, schedule, units, backend):
     options = dict(beta=0.3, group_size=group_size, workspace_bytes=workspace_bytes, backend=backend, **head)
     output, plain = FUSED[loss](**inputs, **options, return_entropy=True), FUSED[loss](**inputs, **options)
     assert output.gemm_units == units and plain.entropy is None and not output.entropy.requires_grad
+    assert output.sparsity is None and plain.sparsity is None
     operands = (inputs["hidden_states"], inputs["lm_head_weight"], inputs["labels"])
     expected = entropy_of(*operands, **head).float().detach()
     assert output.entropy.shape == (N, L) and expected.max() > 2
@@ -190,16 +203,16 @@ def test_entropy_of_packed_float16_completions(backend):
     inputs = batch(torch.float16)
     inputs["hidden_states"] = inputs["hidden_states"].detach().view(N * L, H).requires_grad_()
     inputs["labels"] = inputs["labels"].view(-1)
-    packed = dict(cu_seqlens=torch.tensor([0, 4, 5, 13, 17, 24, 30, 31, 40], dtype=torch.int32, device=DEVICE))
+    packed = dict(cu_seqlens=torch.tensor([0, 4, 6, 13, 17, 24, 30, 31, 40], dtype=torch.int32, device=DEVICE))
     expected = entropy_of(inputs["hidden_states"], inputs["lm_head_weight"], inputs["labels"]).float().detach()
     for loss in FUSED.values():
-        output = loss(**inputs, **packed, beta=0.3, backend=backend, return_entropy=True)
+        output = loss(**inputs, **packed, beta=0.3, group_size=2, backend=backend, return_entropy=True)
         torch.testing.assert_close(output.entropy, expected, rtol=2e-5, atol=2e-6)
 
 
 def test_entropy_of_the_module(backend):
     inputs = batch()
-    module = CoPGLoss(beta=0.3, backend=backend, return_entropy=True)
+    module = CoPGLoss(beta=0.3, group_size=2, backend=backend, return_entropy=True)
     output = module(inputs.pop("lm_head_weight"), *inputs.values())
     assert output.entropy.shape == (N, L) and (output.entropy[0, 3:] == 0).all()
 
@@ -207,14 +220,15 @@ def test_entropy_of_the_module(backend):
 @pytest.mark.parametrize("loss", FUSED)
 def test_entropy_of_a_sparse_softmax_is_refused(loss):
     with pytest.raises(ValueError, match=r"return_entropy needs sparse_eps = None, got 0\.001"):
-        FUSED[loss](**batch(), beta=0.3, sparse_eps=1e-3, return_entropy=True)
-    with pytest.raises(TypeError, match="return_entropy must be a bool, got int"):
-        FUSED[loss](**batch(), beta=0.3, return_entropy=1)
+        FUSED[loss](**batch(), beta=0.3, group_size=2, sparse_eps=1e-3, return_entropy=True)
+    with pytest.raises(TypeError, match="return_entropy must be a bool, got 1"):
+        FUSED[loss](**batch(), beta=0.3, group_size=2, return_entropy=1)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("trains", [(True, True, False), (True, False, False), (False, False, False)])
 def test_no_product_more_in_a_fused_loss(trains, schedule):
+    """Of the twins, whose products torch can count; kernels have theirs inside."""
     workspace_bytes, group_size = SCHEDULES[schedule]
     hidden_states, weight, labels, ref_logps, rewards = (x.detach() for x in batch().values())
     edges = [torch.arange(0, last + 1, step, dtype=torch.int32) for last, step in ((N * L, L), (N, group_size))]
@@ -233,7 +247,7 @@ def test_no_product_more_in_a_fused_loss(trains, schedule):
 @pytest.mark.parametrize("loss", ["copg", "any loss"])
 def test_a_fused_loss_compiles_without_a_break(loss, backend):
     inputs = batch()
-    function = partial(FUSED[loss], beta=0.3, backend=backend, return_entropy=True)
+    function = partial(FUSED[loss], beta=0.3, group_size=2, backend=backend, return_entropy=True)
     compiled = torch.compile(lambda: function(**inputs).entropy, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(), function(**inputs).entropy)
 

@@ -105,7 +105,7 @@ def test_a_loss_of_the_callers_in_one_chunk(launches, ragged):
             options |= dict(cu_seqlens=cu_seqlens, cu_groups=cu_groups, loss=copg_loss)
         else:
             hidden_states, labels = hidden_states.view(N, -1, H), labels.view(N, -1)
-            options |= dict(loss=losses.dpo_loss)
+            options |= dict(loss=losses.dpo_loss, group_size=2)
         loss = linear_sequence_loss(hidden_states, weight, labels, ref_logps, rewards, **options).loss
         torch.autograd.grad(loss, leaves)
     assert "_exp_tile_kernel" in launches
@@ -118,7 +118,8 @@ def test_a_loss_of_the_callers_in_chunks(launches, in_a_graph, monkeypatch):
     with FakeTensorMode():
         hidden_states, weight, labels, _ = operands()
         batch = (hidden_states.view(N, -1, H).requires_grad_(), weight, labels.view(N, -1), *completions()[:2])
-        options = dict(loss=losses.dpo_loss, beta=0.3, workspace_bytes=WORKSPACES["chunks"], backend="triton")
+        options = dict(loss=losses.dpo_loss, beta=0.3, group_size=2, backend="triton")
+        options |= dict(workspace_bytes=WORKSPACES["chunks"])
         if in_a_graph:
             linear_sequence_loss(*batch, **options).loss.backward()
             return
@@ -138,21 +139,21 @@ def test_losses_on_log_probs(launches, ragged):
             copg_loss(logps, ref_logps, rewards, beta=0.3, cu_groups=cu_groups).backward()
             return
         for loss in (copg_loss, losses.ipo_loss, losses.dpo_loss, losses.rloo_loss, losses.raft_loss):
-            loss(logps, ref_logps, rewards, beta=0.3).backward(retain_graph=True)
+            loss(logps, ref_logps, rewards, beta=0.3, group_size=2).backward(retain_graph=True)
 
 
 # With a GPU
 
 STEPS = {
     "linear_copg_loss": lambda batch, completions, **options: (
-        linear_copg_loss(*batch, *completions, beta=0.3, **options).loss
+        linear_copg_loss(*batch, *completions, beta=0.3, group_size=2, **options).loss
     ),
     "linear_copg_loss, sparse": lambda batch, completions, **options: (
-        linear_copg_loss(*batch, *completions, beta=0.3, sparse_eps=1e-3, **options).loss
+        linear_copg_loss(*batch, *completions, beta=0.3, group_size=2, sparse_eps=1e-3, **options).loss
     ),
     "linear_logps": lambda batch, completions, **options: linear_logps(*batch, **options).square().mean(),
     "linear_sequence_loss": lambda batch, completions, **options: (
-        linear_sequence_loss(*batch, *completions, loss=losses.dpo_loss, beta=0.3, **options).loss
+        linear_sequence_loss(*batch, *completions, loss=losses.dpo_loss, beta=0.3, group_size=2, **options).loss
     ),
 }
 

@@ -13,6 +13,7 @@ from tests.numerics import relative_error
 pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
 
 T, V, H = 37, 150, 40
+WIDTH = 64  # of the twin's slices
 
 
 def operands():
@@ -24,7 +25,7 @@ def operands():
 
 def forward(backend: str, hidden_states, head, labels):
     packed, rows = counted_rows(hidden_states, labels, -100, backend)
-    return packed, rows, tile_ops(backend).linear_logps_fwd(packed, head, rows, 2**20)
+    return packed, rows, tile_ops(backend).linear_logps_fwd(packed, head, rows, WIDTH)
 
 
 def test_pack_rows():
@@ -41,7 +42,7 @@ def test_merged_statistics_agree():
     for backend in ("triton", "torch"):
         _, rows, partials = forward(backend, *inputs)
         results.append(tile_ops(backend).merge_splits_fwd(partials, rows))
-        assert backend == "torch" or partials.max.shape[0] > 1
+        assert partials.max.shape[0] > 1
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 

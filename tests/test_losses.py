@@ -10,7 +10,7 @@ from copg_kernels import copg_loss, linear_copg_loss, linear_sequence_loss, loss
 from copg_kernels.reference import linear_logps_bwd_ref, linear_logps_ref, sequence_logps_ref
 from tests import by_hand
 from tests.conftest import DEVICE
-from tests.numerics import FLOAT32_FACTOR, assert_close, upcast
+from tests.numerics import assert_close, upcast
 
 LOGPS = [-3.0, -5.0, -2.0, -2.5]
 REF_LOGPS = [-4.0, -4.0, -2.5, -3.0]
@@ -25,15 +25,16 @@ def numbers() -> tuple:
     return logps.requires_grad_(), ref_logps, rewards
 
 
-def gradient(loss, **options) -> list:
+def gradient(loss, group_size=2, **options) -> list:
     logps, ref_logps, rewards = numbers()
-    (result,) = torch.autograd.grad(loss(logps, ref_logps, rewards, beta=BETA, **options), logps)
+    value = loss(logps, ref_logps, rewards, beta=BETA, group_size=group_size, **options)
+    (result,) = torch.autograd.grad(value, logps)
     return result
 
 
 def test_copg():
     # Var(0.5, 0.5) = 0 and Var(-0.05, 0.65) = 0.7^2 / 2
-    assert copg_loss(*numbers(), beta=BETA).item() == pytest.approx(0.7**2 / 2 / 2 / (2 * BETA))
+    assert copg_loss(*numbers(), beta=BETA, group_size=2).item() == pytest.approx(0.7**2 / 2 / 2 / (2 * BETA))
     assert gradient(copg_loss).tolist() == pytest.approx([0, 0, 0.7 / 4, -0.7 / 4])
 
 
@@ -47,7 +48,7 @@ def test_dpo():
 
 
 def test_rloo():
-    value = losses.rloo_loss(*numbers(), beta=BETA).item()
+    value = losses.rloo_loss(*numbers(), beta=BETA, group_size=2).item()
     # Leave-one-out advantages: 0, 0, -0.7, 0.7.
     assert value == pytest.approx(-(-0.7 * -2.0 + 0.7 * -2.5) / 2 / 2)
     torch.testing.assert_close(gradient(losses.rloo_loss), gradient(copg_loss))
@@ -68,7 +69,7 @@ def test_reinforce():
 
 
 def test_raft():
-    assert losses.raft_loss(*numbers(), beta=BETA).item() == pytest.approx((3.0 + 2.5) / 2)
+    assert losses.raft_loss(*numbers(), beta=BETA, group_size=2).item() == pytest.approx((3.0 + 2.5) / 2)
     assert losses.raft_loss(*numbers(), beta=BETA, group_size=4).item() == pytest.approx(3.0)
     assert gradient(losses.raft_loss).tolist() == [-0.5, 0, 0, -0.5]
 
@@ -82,7 +83,7 @@ def test_ppo_clips():
     """Ratios e^0.5 past 1.2 with a positive advantage, and with a negative one; the second is not clipped."""
     logps, ref_logps, _ = numbers()
     old_logps, rewards = logps.detach() - 0.5, torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
-    loss = losses.ppo_loss(logps, ref_logps, rewards, beta=1e-9, old_logps=old_logps, clip=0.2)
+    loss = losses.ppo_loss(logps, ref_logps, rewards, beta=1e-9, group_size=2, old_logps=old_logps, clip=0.2)
     assert loss.item() == pytest.approx(-(1.2 - math.exp(0.5)) / 2)
     (slope,) = torch.autograd.grad(loss, logps)
     assert slope.tolist() == pytest.approx([0, math.exp(0.5) / 4] * 2)
@@ -90,7 +91,7 @@ def test_ppo_clips():
 
 def test_rebel():
     # d - eta dR with eta = 2: 2 - 2 * 1 = 0 and 0 - 2 * (-0.7) = 1.4
-    assert losses.rebel_loss(*numbers(), beta=BETA).item() == pytest.approx(1.4**2 / 2)
+    assert losses.rebel_loss(*numbers(), beta=BETA, group_size=2).item() == pytest.approx(1.4**2 / 2)
     for k in (2, 4):
         expected = 4 / BETA * gradient(copg_loss, group_size=k)
         torch.testing.assert_close(gradient(losses.rebel_loss, group_size=k), expected)
@@ -100,7 +101,7 @@ def test_pair_losses_take_every_pair_of_a_group():
     logps, ref_logps, rewards = numbers()
     pairs = [(i, j) for i in range(4) for j in range(i + 1, 4)]
     for loss in (losses.ipo_loss, losses.dpo_loss, losses.rebel_loss):
-        each = [loss(*(x[list(pair)] for x in (logps, ref_logps, rewards)), beta=BETA) for pair in pairs]
+        each = [loss(*(x[list(pair)] for x in (logps, ref_logps, rewards)), beta=BETA, group_size=2) for pair in pairs]
         torch.testing.assert_close(loss(logps, ref_logps, rewards, beta=BETA, group_size=4), sum(each) / 6)
 
 
@@ -156,7 +157,7 @@ def test_sixteen_bit_inputs_are_widened(loss, equation, extra):
         extra["old_logps"] = [-1024.0, -1000.0]
     lists = (x.tolist() for x in (logps, ref_logps, rewards))
     value, _ = equation(*lists, beta=0.7, k=2, **extra)
-    result = loss(*(x.to(DEVICE) for x in (logps, ref_logps, rewards)), beta=0.7, **as_tensors(extra))
+    result = loss(*(x.to(DEVICE) for x in (logps, ref_logps, rewards)), beta=0.7, group_size=2, **as_tensors(extra))
     assert result.dtype == torch.float32 and result.item() == pytest.approx(value, rel=1e-6)
 
 
@@ -206,6 +207,7 @@ def averages_by_hand(batch: dict, equation, **options) -> tuple[float, tuple]:
 @pytest.mark.parametrize("group_size", [2, 3])
 @each_loss
 def test_averages_in_float64(loss, equation, extra, group_size):
+    """Which kernels do not take."""
     batch, options = averaged_batch(torch.float64), dict(beta=2.0, group_size=group_size)
     value, expected = averages_by_hand(batch, equation, beta=2.0, k=group_size, **extra)
     loss = partial(loss, **as_tensors(extra))
@@ -217,36 +219,42 @@ def test_averages_in_float64(loss, equation, extra, group_size):
 
 @each_loss
 def test_averages_fused(loss, equation, extra, backend):
-    """In float32, against the reference's log-probs and the same loss in float64."""
+    """Log-probs and gradients in float32 against the reference; the value against the equation on these log-probs."""
     narrow = averaged_batch(torch.float32)
 
     def reference(dtype):
         batch = upcast(narrow, dtype)
         token_logps = linear_logps_ref(batch["hidden_states"], batch["lm_head_weight"], batch["labels"])
         logps = sequence_logps_ref(token_logps, batch["labels"], cu_seqlens=batch["cu_seqlens"], average=True)
-        value = loss(logps, batch["ref_logps"], batch["rewards"], beta=2.0, **as_tensors(extra, dtype))
-        return value.detach(), torch.autograd.grad(value, (batch["hidden_states"], batch["lm_head_weight"]))
+        value = loss(logps, batch["ref_logps"], batch["rewards"], beta=2.0, group_size=2, **as_tensors(extra, dtype))
+        return logps.detach(), *torch.autograd.grad(value, (batch["hidden_states"], batch["lm_head_weight"]))
 
-    (base, base_gradients), (gold, gold_gradients) = reference(torch.float32), reference(torch.float64)
+    base, gold = reference(torch.float32), reference(torch.float64)
+    rounded = as_tensors(extra, torch.float32)
     if loss is copg_loss:
-        output = linear_copg_loss(**narrow, beta=2.0, average_logps=True, backend=backend)
+        output = linear_copg_loss(**narrow, beta=2.0, group_size=2, average_logps=True, backend=backend)
     else:
-        bound = partial(loss, **as_tensors(extra, torch.float32))
-        output = linear_sequence_loss(**narrow, loss=bound, beta=2.0, average_logps=True, backend=backend)
-    assert abs(output.loss - gold) <= FLOAT32_FACTOR * (abs(base - gold) + 1e-6 * abs(gold))
+        bound = partial(loss, **rounded)
+        output = linear_sequence_loss(**narrow, loss=bound, beta=2.0, group_size=2, average_logps=True, backend=backend)
+    lists = (x.tolist() for x in (output.logps, narrow["ref_logps"], narrow["rewards"]))
+    numbers = {name: x.tolist() if isinstance(x, torch.Tensor) else x for name, x in rounded.items()}
+    value, _ = equation(*lists, beta=2.0, k=2, **numbers)
+    # Computed in float64 and rounded once: half of float32's spacing.
+    assert output.loss.dtype == torch.float32 and output.loss.item() == pytest.approx(value, rel=6e-8, abs=0.0)
     gradients = torch.autograd.grad(output.loss, (narrow["hidden_states"], narrow["lm_head_weight"]))
-    for name, *gradient in zip(("X", "W"), gradients, base_gradients, gold_gradients, strict=True):
-        assert_close(f"gradient of {name}", *gradient)
+    for name, *triple in zip(("log-probs", "dX", "dW"), (output.logps, *gradients), base, gold, strict=True):
+        assert_close(name, *triple)
 
 
 @pytest.mark.parametrize(("name", "power"), dict(copg=1, rloo=1, reinforce=1, raft=1, ipo=2, rebel=2, dpo=0).items())
 def test_averaging_equal_lengths_is_beta_times_the_length(name, power):
     """Averages at beta * L are the sums at beta, over L to the power of logps' degree in the loss."""
     loss, _, extra = FAMILY[name]
+    loss = partial(loss, group_size=2, **as_tensors(extra))
     length, beta = 5, 0.3
     logps, ref_logps, rewards = torch.randn(3, 6, dtype=torch.float64)
-    sums = loss(logps, ref_logps, rewards, beta=beta, **as_tensors(extra))
-    averages = loss(logps / length, ref_logps / length, rewards, beta=beta * length, **as_tensors(extra))
+    sums = loss(logps, ref_logps, rewards, beta=beta)
+    averages = loss(logps / length, ref_logps / length, rewards, beta=beta * length)
     torch.testing.assert_close(averages * length**power, sums)
 
 
@@ -288,19 +296,28 @@ def test_what_averages_converge_to():
 def test_refusals(loss):
     logps, ref_logps, rewards = numbers()
     with pytest.raises(ValueError, match="beta must be positive"):
-        loss(logps, ref_logps, rewards, beta=0.0)
+        loss(logps, ref_logps, rewards, beta=0.0, group_size=2)
     with pytest.raises(ValueError, match="group_size must divide"):
         loss(logps, ref_logps, rewards, beta=1.0, group_size=3)
     with pytest.raises(ValueError, match=r"rewards must be finite, got nan at index 2"):
-        loss(logps, ref_logps, rewards.index_fill(0, torch.tensor(2), float("nan")), beta=1.0)
+        loss(logps, ref_logps, rewards.index_fill(0, torch.tensor(2), float("nan")), beta=1.0, group_size=2)
     with pytest.raises(ValueError, match=r"ref_logps must have shape"):
-        loss(logps, ref_logps[:2], rewards, beta=1.0)
+        loss(logps, ref_logps[:2], rewards, beta=1.0, group_size=2)
+    with pytest.raises(ValueError, match=r"ref_logps must not require a gradient.*pass ref_logps\.detach\(\)"):
+        loss(logps, ref_logps.clone().requires_grad_(), rewards, beta=1.0, group_size=2)
+    with pytest.raises(ValueError, match=r"rewards must not require a gradient.*pass rewards\.detach\(\)"):
+        loss(logps, ref_logps, rewards.clone().requires_grad_(), beta=1.0, group_size=2)
 
 
 def test_refusals_of_extra_arguments():
     with pytest.raises(ValueError, match="baseline must be"):
-        losses.reinforce_loss(*numbers(), beta=1.0, baseline=torch.zeros(3))
+        losses.reinforce_loss(*numbers(), beta=1.0, group_size=2, baseline=torch.zeros(3))
     with pytest.raises(ValueError, match="clip must be positive"):
-        losses.ppo_loss(*numbers(), beta=1.0, old_logps=torch.zeros(4), clip=0.0)
+        losses.ppo_loss(*numbers(), beta=1.0, group_size=2, old_logps=torch.zeros(4), clip=0.0)
     with pytest.raises(ValueError, match="old_logps must have shape"):
-        losses.ppo_loss(*numbers(), beta=1.0, old_logps=torch.zeros(3))
+        losses.ppo_loss(*numbers(), beta=1.0, group_size=2, old_logps=torch.zeros(3))
+    each = torch.zeros(4, requires_grad=True)
+    with pytest.raises(ValueError, match=r"baseline must not require a gradient.*pass baseline\.detach\(\)"):
+        losses.reinforce_loss(*numbers(), beta=1.0, group_size=2, baseline=each)
+    with pytest.raises(ValueError, match=r"old_logps must not require a gradient.*pass old_logps\.detach\(\)"):
+        losses.ppo_loss(*numbers(), beta=1.0, group_size=2, old_logps=each)

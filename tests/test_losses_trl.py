@@ -106,7 +106,7 @@ def test_pairs(dpo_trainer, loss_type, loss, average):
     theirs = trainer.compute_loss(trainer.model, inputs)
 
     batch = interleaved(inputs)
-    options = dict(loss=loss, beta=BETA, average_logps=average)
+    options = dict(loss=loss, beta=BETA, group_size=2, average_logps=average)
     ref_logps = sequence_logps_of(trainer.ref_model, *batch, average=average)
     ours = linear_sequence_loss(*head_inputs(trainer.model, *batch), ref_logps, torch.tensor([1.0, 0, 1, 0]), **options)
     assert_same(ours.loss, theirs, trainer.model)

@@ -88,6 +88,7 @@ SIZES = {
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_any_shards(ranks, sizes, dtype):
+    """Of the torch backend: interpreted kernels take minutes for as many, and have a test of their own below."""
     check(ranks, make_inputs(37, sum(sizes), 70, dtype), sizes, backend="torch")
 
 

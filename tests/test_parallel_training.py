@@ -101,13 +101,16 @@ CONTRAST_DISAGREEMENTS = [
     (dict(group_size=4), r"group_size must be the same on all ranks, got 2 on rank 0, 1; 4 on rank 2"),
     (dict(beta=0.2), r"beta must be the same on all ranks, got 0\.1 on rank 0, 1; 0\.2 on rank 2"),
     (dict(logps=torch.zeros(4).double()), r"dtype of logps must be the same .*torch\.float64 on rank 2"),
-    (dict(group_ids=torch.zeros(4, dtype=torch.int64)), r"the use of group_ids must be the same on all ranks"),
+    (dict(group_size=None, group_ids=torch.zeros(4, dtype=torch.int64)), r"must be the same .*None on rank 2"),
     (dict.fromkeys(("logps", "ref_logps", "rewards"), torch.zeros(3)), r"must divide .*11, got 2 .*0: 4, 1: 4, 2: 3"),
     (dict(ref_logps=torch.zeros(3)), r"ref_logps must have shape \(N\,\).* = \(4,\), got \(3,\)"),
     (dict(rewards=torch.tensor([0.0, float("nan"), 0.0, 0.0])), r"rewards must be finite, got nan at index 1"),
     (dict(beta=-1.0), r"beta must be positive and finite, got -1\.0"),
     (dict(group_size=1), r"group_size must be at least 2"),
-    (dict(group_ids=torch.zeros(4)), r"TypeError: group_ids must be int64, got float32"),
+    (dict(group_size=None), r"group_size or group_ids must be given, and not both; got neither"),
+    (dict(group_ids=torch.zeros(4, dtype=torch.int64)), r"group_size or group_ids must be given, .*; got both"),
+    (dict(group_size=None, group_ids=torch.zeros(4)), r"TypeError: group_ids must be int64, got float32"),
+    (dict(rewards=torch.zeros(4, requires_grad=True)), r"rewards must not require a gradient.*pass rewards\.detach"),
 ]  # fmt: skip
 
 

@@ -54,9 +54,9 @@ def test_sequence_logps_by_hand():
 def test_pair_by_hand():
     # A = (1 - 0.5 * 1, 0 - 0.5 * (-2)) = (0.5, 1); (A - A')^2 / (4 beta) = 0.25 / 2
     logps, ref_logps = torch.tensor([-3.0, -7.0]), torch.tensor([-4.0, -5.0])
-    assert copg_loss_ref(logps, ref_logps, torch.tensor([1.0, 0.0]), beta=0.5).item() == 0.125
+    assert copg_loss_ref(logps, ref_logps, torch.tensor([1.0, 0.0]), beta=0.5, group_size=2).item() == 0.125
     # coefficient of the first: -(A - A') / k = 0.25
-    coefficients = copg_coefficients_ref(logps, ref_logps, torch.tensor([1.0, 0.0]), beta=0.5)
+    coefficients = copg_coefficients_ref(logps, ref_logps, torch.tensor([1.0, 0.0]), beta=0.5, group_size=2)
     assert coefficients.tolist() == [0.25, -0.25]
 
 
@@ -79,7 +79,7 @@ def test_unit_form_is_half_the_papers_pair():
     half = rewards - beta / 2 * log_ratios
     objective = (half[0] - half[1]) * log_ratios[0] + (half[1] - half[0]) * log_ratios[1]
     (of_paper,) = torch.autograd.grad(-objective, logps)
-    (of_loss,) = torch.autograd.grad(copg_loss_ref(logps, ref_logps, rewards, beta=beta), logps)
+    (of_loss,) = torch.autograd.grad(copg_loss_ref(logps, ref_logps, rewards, beta=beta, group_size=2), logps)
     torch.testing.assert_close(of_loss, of_paper / 2)
 
 
@@ -93,7 +93,7 @@ def test_gradcheck_of_the_whole_chain():
 
     def loss(hidden_states, weight):
         return linear_copg_loss_ref(
-            hidden_states, weight, labels, ref_logps, rewards, beta=0.4, cu_seqlens=cu_seqlens, **OPTIONS
+            hidden_states, weight, labels, ref_logps, rewards, beta=0.4, group_size=2, cu_seqlens=cu_seqlens, **OPTIONS
         )
 
     assert torch.autograd.gradcheck(loss, (hidden_states, weight))

@@ -28,6 +28,7 @@ def batch() -> dict:
         ref_logps=torch.randn(4, device=DEVICE),
         rewards=torch.randn(4, device=DEVICE),
         beta=0.1,
+        group_size=2,
         cu_seqlens=torch.tensor([0, 2, 4, 6, 8], dtype=torch.int32, device=DEVICE),
     )
 
@@ -57,6 +58,9 @@ HEAD_REFUSALS = [
     (dict(workspace_bytes=10), ValueError, r"workspace_bytes must be at least \d+ .*got 10"),
     (dict(workspace_bytes=-1), ValueError, r"workspace_bytes must be at least"),
     (dict(workspace_bytes=1e9), TypeError, r"workspace_bytes must be an int or None, got float"),
+    (dict(logit_scale=True), ValueError, r"logit_scale must be a finite number, got True"),
+    (dict(ignore_index=-100.0), TypeError, r"ignore_index must be an int, got -100\.0"),
+    (dict(ignore_index=None), TypeError, r"ignore_index must be an int, got None"),
     (dict(backend="cuda"), ValueError, r"backend must be \"auto\", \"triton\" or \"torch\", got 'cuda'"),
 ]  # fmt: skip
 
@@ -82,14 +86,18 @@ COMPLETION_REFUSALS = [
     (dict(rewards=torch.zeros(4, 1, device=DEVICE)), ValueError, r"rewards must have shape .*got \(4, 1\)"),
     (dict(rewards=torch.zeros(4, dtype=torch.int64, device=DEVICE)), TypeError, r"rewards must be float32.*got int64"),
     (dict(rewards=[1.0, 0.0, 0.0, 0.0]), TypeError, r"rewards must be a tensor, got list"),
+    (dict(average_logps="no"), TypeError, r"average_logps must be a bool, got 'no'"),
+    (dict(return_entropy="yes"), TypeError, r"return_entropy must be a bool, got 'yes'"),
     (dict(beta=0.0), ValueError, r"beta must be positive and finite, got 0\.0"),
     (dict(beta=-1), ValueError, r"beta must be positive and finite, got -1"),
     (dict(beta=None), TypeError, r"beta must be a number, got NoneType"),
     (dict(group_size=1), ValueError, r"group_size must be at least 2 .*got 1"),
     (dict(group_size=3), ValueError, r"group_size must divide the number of completions, 4, got 3"),
     (dict(group_size=2.0), TypeError, r"group_size must be an int, got float"),
-    (dict(cu_groups=integers(0, 2, 4).long()), TypeError, r"cu_groups must be int32, got int64"),
-    (dict(cu_groups=integers(0)), ValueError, r"cu_groups must have shape \(N \+ 1,\).*got \(1,\)"),
+    (dict(group_size=None), ValueError, r"group_size or cu_groups must be given, and not both.*got neither"),
+    (dict(cu_groups=integers(0, 2, 4)), ValueError, r"group_size or cu_groups must be given, and not both.*got both"),
+    (dict(group_size=None, cu_groups=integers(0, 2, 4).long()), TypeError, r"cu_groups must be int32, got int64"),
+    (dict(group_size=None, cu_groups=integers(0)), ValueError, r"cu_groups must have shape \(N \+ 1,\).*got \(1,\)"),
     (dict(cu_seqlens=integers(0, 2, 4, 6, 8).long()), TypeError, r"cu_seqlens must be int32, got int64"),
     (dict(cu_seqlens=integers(0, 2, 4, 6, 8).view(1, 5)), ValueError, r"cu_seqlens must have shape"),
     (dict(cu_seqlens=None), ValueError, r"labels must have shape \(B, L\), or \(T,\) with cu_seqlens, got \(8,\)"),
@@ -114,9 +122,9 @@ VALUE_REFUSALS = [
     (dict(cu_seqlens=integers(1, 2, 4, 6, 8)), r"cu_seqlens must start at 0, got \[1, 2, 4, 6, 8\]"),
     (dict(cu_seqlens=integers(0, 4, 2, 6, 8)), r"cu_seqlens must not decrease, got \[0, 4, 2, 6, 8\]"),
     (dict(cu_seqlens=integers(0, 2, 4, 6, 7)), r"cu_seqlens must end at 8, got"),
-    (dict(cu_groups=integers(0, 1, 4)), r"cu_groups must leave at least 2 completions in every group, got \[0, 1, 4\]"),
-    (dict(cu_groups=integers(0, 3, 4)), r"cu_groups must leave at least 2"),
-    (dict(cu_groups=integers(0, 2, 3)), r"cu_groups must end at 4"),
+    (dict(group_size=None, cu_groups=integers(0, 1, 4)), r"cu_groups must leave at least 2 completions in every group, got \[0, 1, 4\]"),
+    (dict(group_size=None, cu_groups=integers(0, 3, 4)), r"cu_groups must leave at least 2"),
+    (dict(group_size=None, cu_groups=integers(0, 2, 3)), r"cu_groups must end at 4"),
 ]  # fmt: skip
 
 
@@ -130,15 +138,29 @@ def test_values(change, message):
 
 
 @ON_CPU
+@pytest.mark.parametrize("average_logps", [False, True], ids=["sum", "average"])
 @pytest.mark.parametrize("function", [linear_copg_loss, lambda **kw: linear_sequence_loss(**kw, loss=copg_loss)])
-def test_averaging_an_empty_completion(function):
-    empty = batch() | dict(cu_seqlens=integers(0, 2, 2, 6, 8), average_logps=True)
-    with pytest.raises(ValueError, match=r"labels must leave every completion a counted token.*completion 1 has none"):
+def test_an_empty_completion(function, average_logps):
+    empty = batch() | dict(cu_seqlens=integers(0, 2, 2, 6, 8), average_logps=average_logps)
+    with pytest.raises(ValueError, match=r"labels must leave every completion a counted token, completion 1 has none"):
         function(**empty)
-    ignored = batch() | dict(average_logps=True)
+    ignored = batch() | dict(average_logps=average_logps)
     ignored["labels"][6:] = -100
     with pytest.raises(ValueError, match=r"completion 3 has none"):
         function(**ignored)
+
+
+@pytest.mark.parametrize("loss", ["dpo", None, torch.zeros(())], ids=["name", "nothing", "tensor"])
+def test_a_loss_that_is_no_function(loss):
+    with pytest.raises(TypeError, match=r"loss must be a function, such as copg_kernels\.losses\.dpo_loss, got"):
+        linear_sequence_loss(**batch(), loss=loss)
+
+
+def test_average_is_a_flag():
+    token_logps, labels = torch.zeros(2, 3, device=DEVICE), torch.zeros(2, 3, dtype=torch.int64, device=DEVICE)
+    for average in ("no", 1, None):
+        with pytest.raises(TypeError, match=f"average must be a bool, got {average!r}"):
+            sequence_logps(token_logps, labels, average=average)
 
 
 def test_sequence_logps():
@@ -157,9 +179,9 @@ def test_sequence_logps():
 def test_copg_loss():
     numbers = [torch.randn(4, device=DEVICE) for _ in range(3)]
     with pytest.raises(TypeError, match=r"logps must be float32.*got int64"):
-        copg_loss(numbers[0].long(), *numbers[1:], beta=0.1)
+        copg_loss(numbers[0].long(), *numbers[1:], beta=0.1, group_size=2)
     with pytest.raises(ValueError, match=r"logps must have shape \(N,\), got \(2, 2\)"):
-        copg_loss(numbers[0].view(2, 2), *numbers[1:], beta=0.1)
+        copg_loss(numbers[0].view(2, 2), *numbers[1:], beta=0.1, group_size=2)
     with pytest.raises(ValueError, match=r"group_size must divide"):
         copg_loss(*numbers, beta=0.1, group_size=3)
 

@@ -1,15 +1,18 @@
-"""The compact softmax: what it keeps, what its gradients are off by, and when they are exact."""
+"""The compact softmax of the torch backend: what it keeps, what its gradients are off by, and when they are exact.
+
+That of the kernels is another algorithm, in test_sparse_kernels.py.
+"""
 
 import pytest
 import torch
 
 from bench.inputs import Shape, make_inputs
 from copg_kernels import CoPGLoss, copg_loss, linear_copg_loss, linear_logps, linear_sequence_loss
-from copg_kernels.kernels import exp_tile, linear_logps_fwd, significant_columns
+from copg_kernels.kernels import exp_tile, significant_columns
 from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.significant_columns import significant_columns_torch
 from copg_kernels.reference import linear_copg_loss_ref, linear_logps_bwd_ref, linear_logps_ref
-from copg_kernels.schedules import sparse_softmax
+from copg_kernels.schedules import sparse_softmax, workspace
 from copg_kernels.schedules.recompute import Needs
 from tests.conftest import DEVICE
 from tests.numerics import relative_error, upcast
@@ -22,7 +25,7 @@ EPS = 2.0**-14
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch):
     """Four slices of the vocabulary instead of two; and blocks may keep all of it unless a test says otherwise."""
-    for module in (exp_tile, linear_logps_fwd, significant_columns):
+    for module in (exp_tile, workspace, significant_columns):
         monkeypatch.setattr(module, "SPLIT_TORCH", 1100)
     monkeypatch.setattr(significant_columns, "MOST_KEPT", 1.0)
     monkeypatch.setattr(significant_columns, "_HOPELESS", 2.0)
@@ -246,7 +249,9 @@ def test_fused_losses(groups, average_logps):
 def test_nothing_compact_takes_the_exact_schedule(monkeypatch):
     monkeypatch.setattr(significant_columns, "MOST_KEPT", 0.3)
     batch = batch_of(operands("flat"), [75] * 4)
-    sparse, exact = (linear_copg_loss(**batch, beta=0.1, backend="torch", sparse_eps=e) for e in (EPS, None))
+    sparse, exact = (
+        linear_copg_loss(**batch, beta=0.1, group_size=2, backend="torch", sparse_eps=e) for e in (EPS, None)
+    )
     assert sparse.gemm_units == exact.gemm_units == 3 and sparse.sparsity.overflow == 1
     inputs = (batch["hidden_states"], batch["lm_head_weight"])
     pairs = zip(*(torch.autograd.grad(output.loss, inputs) for output in (sparse, exact)), strict=True)
@@ -258,7 +263,7 @@ def test_late_overflow_costs_an_eighth_of_the_logits(monkeypatch):
     inputs = make_inputs(Shape("", V, H, 1024, 128), "rl", torch.float32, DEVICE)
     inputs.hidden_states.detach().mul_(0.3)
     batch = dict(zip(("hidden_states", "lm_head_weight", "labels", "ref_logps", "rewards"), inputs[:5], strict=True))
-    options = dict(beta=0.1, cu_seqlens=inputs.cu_seqlens, backend="torch")
+    options = dict(beta=0.1, group_size=2, cu_seqlens=inputs.cu_seqlens, backend="torch")
     density = linear_copg_loss(**batch, **options, sparse_eps=EPS).sparsity.density.item()
     monkeypatch.setattr(significant_columns, "MOST_KEPT", 0.9 * density)
     computed = []
@@ -281,12 +286,13 @@ def test_padded_and_packed_agree():
     padded["hidden_states"] = hidden_states.detach().view(4, 75, H).requires_grad_()
     grads = [
         torch.autograd.grad(
-            linear_copg_loss(**batch, beta=0.1, sparse_eps=EPS, backend="torch").loss, batch["hidden_states"]
+            linear_copg_loss(**batch, beta=0.1, group_size=2, sparse_eps=EPS, backend="torch").loss,
+            batch["hidden_states"],
         )[0]
         for batch in (packed, padded)
     ]
     assert torch.equal(grads[0], grads[1].flatten(0, 1))
-    module = CoPGLoss(beta=0.1, sparse_eps=EPS, backend="torch")
+    module = CoPGLoss(beta=0.1, group_size=2, sparse_eps=EPS, backend="torch")
     args = (weight, padded["hidden_states"], padded["labels"], padded["ref_logps"], padded["rewards"])
     assert torch.equal(torch.autograd.grad(module(*args).loss, padded["hidden_states"])[0], grads[1])
 
@@ -349,7 +355,9 @@ def test_under_torch_compile():
     batch = batch_of(operands("rl"), [75] * 4)
 
     def loss(hidden_states):
-        return linear_copg_loss(**batch | dict(hidden_states=hidden_states), beta=0.1, sparse_eps=EPS).loss
+        return linear_copg_loss(
+            **batch | dict(hidden_states=hidden_states), beta=0.1, group_size=2, sparse_eps=EPS
+        ).loss
 
     eager = torch.autograd.grad(loss(batch["hidden_states"]), batch["hidden_states"])[0]
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(batch["hidden_states"])

@@ -144,6 +144,22 @@ def test_nan_of_an_ignored_token_goes_nowhere():
     assert all(torch.equal(*pair) for pair in zip(clean, poisoned, strict=True))
 
 
+@pytest.mark.parametrize("V", [1, V])
+def test_nan_of_an_ignored_token_goes_nowhere_in_a_fused_loss(V):
+    """Not into the mean row of what was left out either, where its share is 0."""
+    hidden_states, weight, labels = operands()
+    weight, labels = weight[:V].detach().requires_grad_(), labels.clamp(max=V - 1)
+    options = dict(beta=0.1, group_size=2, sparse_eps=2.0**-9, backend="triton")
+    options |= dict(zip(("ref_logps", "rewards"), torch.randn(2, 2, device=DEVICE), strict=True))
+    options |= dict(cu_seqlens=torch.tensor([0, 60, T], dtype=torch.int32, device=DEVICE))
+    found = []
+    for poison in (0.0, float("nan")):
+        poisoned = hidden_states.detach().masked_fill((labels == -100)[:, None], poison).requires_grad_()
+        loss = linear_copg_loss(poisoned, weight, labels, **options).loss
+        found.append((loss, *torch.autograd.grad(loss, (poisoned, weight))))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("tokens", [130, 80], ids=["tiles of whole groups", "groups exceed the workspace"])
 def test_fused_loss(tokens):
     """Groups of 90 and 60 tokens; in chunks of 80 tokens their boundaries do not matter."""
@@ -153,7 +169,7 @@ def test_fused_loss(tokens):
     batch = dict(hidden_states=hidden_states, lm_head_weight=weight, labels=labels, cu_seqlens=cu_seqlens)
     batch |= dict(ref_logps=numbers[0], rewards=numbers[1])
     bias = torch.randn(V, device=DEVICE, requires_grad=True)
-    options = dict(beta=0.1, bias=bias)
+    options = dict(beta=0.1, group_size=2, bias=bias)
     workspace = tokens * kept_bytes_per_token(V, torch.float32, DEVICE, "triton")
     output = linear_copg_loss(**batch, **options, sparse_eps=2.0**-16, backend="triton", workspace_bytes=workspace)
     exact = linear_copg_loss(**batch, **options, backend="triton")
@@ -161,12 +177,14 @@ def test_fused_loss(tokens):
     gradients = torch.autograd.grad(output.loss, (hidden_states, weight, bias))
     wide, wide_bias = upcast(batch, torch.float64), bias.detach().double().requires_grad_()
     gold = torch.autograd.grad(
-        linear_copg_loss_ref(**wide, beta=0.1, bias=wide_bias),
+        linear_copg_loss_ref(**wide, beta=0.1, group_size=2, bias=wide_bias),
         (wide["hidden_states"], wide["lm_head_weight"], wide_bias),
     )
     assert all(relative_error(*pair) < 1e-3 for pair in zip(gradients, gold, strict=True))
     weight.requires_grad_(False)
-    frozen = linear_copg_loss(**batch, beta=0.1, bias=bias.detach(), sparse_eps=2.0**-16, backend="triton")
+    frozen = linear_copg_loss(
+        **batch, beta=0.1, group_size=2, bias=bias.detach(), sparse_eps=2.0**-16, backend="triton"
+    )
     assert relative_error(torch.autograd.grad(frozen.loss, hidden_states)[0], gold[0]) < 1e-3
 
 

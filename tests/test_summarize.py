@@ -199,7 +199,8 @@ def test_rloo_has_the_gradient_of_copg(lab):
 def test_rloo_without_beta_by_hand():
     """Rewards 3 and 1 of a pair: each against the other, and minus a half for the mean over the pair."""
     logps = torch.tensor([-4.0, -7.0], requires_grad=True)
-    unregularized_rloo_loss(logps, torch.tensor([9.0, 2.0]), torch.tensor([3.0, 1.0]), beta=5.0).backward()
+    numbers = (logps, torch.tensor([9.0, 2.0]), torch.tensor([3.0, 1.0]))
+    unregularized_rloo_loss(*numbers, beta=5.0, group_size=2).backward()
     assert logps.grad.tolist() == [-1.0, 1.0]
 
 

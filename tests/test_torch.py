@@ -80,7 +80,7 @@ def programs(backend: str) -> dict:
     def any_loss(hidden_states, weight, labels, bias):
         batch = (hidden_states, weight, labels, ref_logps, rewards)
         return linear_sequence_loss(
-            *batch, loss=losses.dpo_loss, beta=0.3, cu_seqlens=cu_seqlens, bias=bias, **options
+            *batch, loss=losses.dpo_loss, beta=0.3, group_size=2, cu_seqlens=cu_seqlens, bias=bias, **options
         ).loss
 
     return dict(of_tokens=of_tokens, fused=fused, composed=composed, any_loss=any_loss)
@@ -101,10 +101,10 @@ def test_compiled_without_a_graph_break_equals_eager(program, backend):
 
 def test_compiled_code_still_refuses_values():
     function = torch.compile(
-        lambda logps, ref_logps, rewards: copg_loss(logps, ref_logps, rewards, beta=0.3), fullgraph=True
+        lambda logps, ref_logps, rewards: copg_loss(logps, ref_logps, rewards, beta=0.3, group_size=2), fullgraph=True
     )
     numbers = torch.randn(3, 4)
-    torch.testing.assert_close(function(*numbers), copg_loss(*numbers, beta=0.3))
+    torch.testing.assert_close(function(*numbers), copg_loss(*numbers, beta=0.3, group_size=2))
     numbers[2, 1] = float("nan")
     with pytest.raises(RuntimeError, match="rewards must be finite"):
         function(*numbers)
@@ -163,9 +163,9 @@ def test_second_derivatives_are_refused(case, backend):
     ref_logps, rewards, cu_seqlens, _ = completions()
     batch = (*arguments, ref_logps, rewards)
     if case == "fused":
-        value = linear_copg_loss(*batch, beta=0.3, cu_seqlens=cu_seqlens, backend=backend).loss
+        value = linear_copg_loss(*batch, beta=0.3, group_size=2, cu_seqlens=cu_seqlens, backend=backend).loss
     elif case == "any loss":
-        options = dict(loss=losses.ipo_loss, beta=0.3, cu_seqlens=cu_seqlens, backend=backend)
+        options = dict(loss=losses.ipo_loss, beta=0.3, group_size=2, cu_seqlens=cu_seqlens, backend=backend)
         value = linear_sequence_loss(*batch, **options).loss
     else:
         value = linear_logps(*arguments, sparse_eps=1e-3 if case == "sparse" else None, backend=backend).sum()

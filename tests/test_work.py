@@ -1,4 +1,7 @@
-"""Units of GEMM work and peak memory: what the cost model promises, counted."""
+"""Units of GEMM work and peak memory: what the cost model promises, counted.
+
+On the torch backend, whose products torch sees; a kernel has its own inside.
+"""
 
 import subprocess
 import sys
@@ -155,10 +158,10 @@ def step(rows, implementation):
     x.grad, w.grad = torch.zeros_like(x), torch.zeros_like(w)
     before = peak(reset=True)
     if implementation == "eager":
-        loss = linear_copg_loss_ref(x, w, labels, *numbers, beta=0.1, cu_seqlens=cu_seqlens)
+        loss = linear_copg_loss_ref(x, w, labels, *numbers, beta=0.1, group_size=2, cu_seqlens=cu_seqlens)
     else:
         options = dict(workspace_bytes=int(sys.argv[2]) * 2**20)
-        loss = linear_copg_loss(x, w, labels, *numbers, beta=0.1, cu_seqlens=cu_seqlens, **options).loss
+        loss = linear_copg_loss(x, w, labels, *numbers, beta=0.1, group_size=2, cu_seqlens=cu_seqlens, **options).loss
     gradients = torch.autograd.grad(loss, (x, w))
     return peak() - before - sum(g.numel() * g.element_size() for g in gradients) / 2**20
 
@@ -204,7 +207,9 @@ def test_peak_memory_on_a_gpu():
     for workspace, units in ((128 * 2**20, 4), (1100 * 2**20, 3)):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        output = linear_copg_loss(x, w, labels, *numbers, beta=0.1, cu_seqlens=cu_seqlens, workspace_bytes=workspace)
+        output = linear_copg_loss(
+            x, w, labels, *numbers, beta=0.1, group_size=2, cu_seqlens=cu_seqlens, workspace_bytes=workspace
+        )
         gradients = torch.autograd.grad(output.loss, (x, w))
         above = torch.cuda.max_memory_allocated() - before - sum(g.numel() * 2 for g in gradients)
         assert output.gemm_units == units
