@@ -94,10 +94,14 @@ def linear_sequence_loss(
     ref_logps, rewards = ref_logps.detach(), rewards.detach()
 
     groups = {"group_size": group_size} if cu_groups is None else {"cu_groups": cu_groups}
+    device = hidden_states.device.type
+    # The loss runs in the caller's precision, though the schedules that call it do not.
+    precision, autocasts = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     options: dict[str, Any]
 
     def value_of(logps: Tensor) -> Tensor:
-        value = loss(logps, ref_logps, rewards, beta=beta, **groups)
+        with torch.autocast(device, precision, autocasts):
+            value = loss(logps, ref_logps, rewards, beta=beta, **groups)
         checks.check_loss_value(value)
         return value
 
@@ -147,7 +151,8 @@ def linear_sequence_loss(
     sparsity = getattr(per_token_logps, "sparsity", None)
     if sparsity is not None:
         units = 1
-    return _output(value_of(logps), logps.detach(), ref_logps, rewards, beta, units, sparsity, entropy)
+    known = logps.detach().clone()  # a loss may work in place
+    return _output(value_of(logps), known, ref_logps, rewards, beta, units, sparsity, entropy)
 
 
 def _is_separable(loss: Callable[..., Tensor]) -> bool:
@@ -206,7 +211,7 @@ class _Slopes:
         """
         with torch.enable_grad():
             leaf = self.logps.clone().requires_grad_()
-            self.value = self.value_of(leaf)
+            self.value = self.value_of(leaf.clone())  # a loss may work in place
             dlogps = None
             if self.value.requires_grad:
                 (dlogps,) = torch.autograd.grad(self.value, leaf, retain_graph=True, allow_unused=True)

@@ -216,6 +216,40 @@ def test_a_loss_with_a_memory(backend):
     assert len(running) == 2 and running[0] == running[1] == output.logps.mean().item()
 
 
+@pytest.mark.parametrize("way", ["one chunk", "chunks"])
+def test_a_loss_with_a_network_of_its_own_under_autocast(way, backend):
+    """Its layers run in the caller's precision, whichever schedule calls it."""
+    inputs, head = trained(batch(WIDE)), torch.nn.Linear(1, 1, device=DEVICE)
+
+    def loss(logps, ref_logps, rewards, *, beta, group_size):
+        values = head(rewards.unsqueeze(1))
+        assert values.dtype == torch.bfloat16
+        return (values.squeeze(1).float() - logps).square().mean()
+
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        options = dict(beta=0.3, group_size=2, backend=backend, workspace_bytes=bound_for(way, backend))
+        linear_sequence_loss(*inputs, loss=loss, **options).loss.backward()
+    assert head.weight.grad.isfinite().all() and head.weight.grad.any()
+
+
+@pytest.mark.parametrize("way", ["one chunk", "chunks"])
+def test_a_loss_that_works_in_place(way, backend):
+    inputs = trained(batch(WIDE))
+
+    def in_place(logps, ref_logps, rewards, *, beta, group_size):
+        logps -= ref_logps
+        return logps.mul_(beta).sub_(rewards).square_().mean()
+
+    def plain(logps, ref_logps, rewards, *, beta, group_size):
+        return (beta * (logps - ref_logps) - rewards).square().mean()
+
+    options = dict(beta=0.3, group_size=2, backend=backend, workspace_bytes=bound_for(way, backend))
+    outputs = [linear_sequence_loss(*inputs, loss=loss, **options) for loss in (in_place, plain)]
+    assert torch.equal(*(output.logps for output in outputs))
+    pairs = zip(*(torch.autograd.grad(output.loss, inputs[:2]) for output in outputs), strict=True)
+    assert all(relative_error(*pair) < 1e-6 for pair in pairs)
+
+
 def test_declared_through_partial(backend):
     """A loss of the package keeps its three units in chunks, whatever arguments are bound to it."""
     inputs, workspace = trained(batch(WIDE)), bound_for("chunks", backend)

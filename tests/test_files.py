@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import stat
 from pathlib import Path
 
 import pytest
@@ -42,12 +43,12 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypa
     fsync, replace = os.fsync, os.replace
 
     def flushed(descriptor):
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        events.append(("flushed", path.name, path.stat().st_size if path.is_file() else None))
+        of = os.fstat(descriptor)
+        events.append((of.st_ino, of.st_size if stat.S_ISREG(of.st_mode) else None))
         fsync(descriptor)
 
     def renamed(source, target):
-        events.append(("renamed", Path(target).name, None))
+        events.append("renamed")
         replace(source, target)
 
     monkeypatch.setattr(os, "fsync", flushed)
@@ -56,7 +57,9 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypa
         (folder / "weights").write_bytes(b"12345")
         (folder / "inner").mkdir()
         (folder / "inner" / "state").write_bytes(b"123")
-    at = events.index(("renamed", "step-1", None))
-    before, after = events[:at], events[at + 1 :]
-    assert {("flushed", "weights", 5), ("flushed", "state", 3), ("flushed", "inner", None)} <= set(before)
-    assert before[-1][:2] == ("flushed", folder.name) and after == [("flushed", tmp_path.name, None)]
+    final = tmp_path / "step-1"
+    sizes = {"weights": 5, "inner/state": 3, "inner": None, ".": None}
+    before = events[: events.index("renamed")]
+    assert set(before) == {((final / name).stat().st_ino, size) for name, size in sizes.items()}
+    assert before[-1] == (final.stat().st_ino, None)
+    assert events[len(before) :] == ["renamed", (tmp_path.stat().st_ino, None)]

@@ -3,7 +3,8 @@
     z = cap(logit_scale * (x W^T + bias)) / temperature,    cap(u) = softcap * tanh(u / softcap)
 
 The Triton tile keeps its float32 accumulator in registers; the torch twin writes it into a bounded workspace. Forward
-and backward call the same tile, so a recomputed logit has the bits of the first one.
+and backward call the same tile, the twin on the same rows and slices (`workspace.slice_width`), so a recomputed logit
+has the bits of the first one.
 """
 
 from __future__ import annotations
