@@ -12,6 +12,7 @@ from torch import Tensor
 from copg_kernels import checks
 from copg_kernels.kernels.contrast import Completions
 from copg_kernels.kernels.head import Head
+from copg_kernels.kernels.matmul import sums_in_full
 from copg_kernels.schedules import closed_groups, forward, recompute
 from copg_kernels.schedules import frozen_head as frozen
 from copg_kernels.schedules.chunks import Batch
@@ -297,9 +298,10 @@ def refuse_second_derivative() -> None:
 def on_device(hidden_states: Tensor, workspace_bytes: int) -> Iterator[None]:
     """Triton launches on the current device, which need not be the tensors'. Out of memory says what to set.
 
-    Without autocast, which would round the operands of the schedules' own products.
+    The schedules' own products keep their digits: no autocast, and sums in full.
     """
-    with torch.cuda.device_of(hidden_states), torch.autocast(hidden_states.device.type, enabled=False):
+    device = torch.cuda.device_of(hidden_states)
+    with device, torch.autocast(hidden_states.device.type, enabled=False), sums_in_full():
         try:
             yield
         except torch.OutOfMemoryError as error:

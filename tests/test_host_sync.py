@@ -20,7 +20,7 @@ from copg_kernels import (
     sequence_logps,
     sequence_loss,
 )
-from copg_kernels.kernels import head
+from copg_kernels.kernels import blocks
 from copg_kernels.kernels.exp_tile import _exp_tile_kernel
 from copg_kernels.kernels.language import triton
 from copg_kernels.ops import linear_copg_op, linear_logps_bwd_op, linear_logps_op
@@ -40,7 +40,7 @@ def launches(monkeypatch) -> list[str]:
         pytest.skip("no Triton")
     made: list[str] = []
     monkeypatch.setattr(type(_exp_tile_kernel), "run", lambda self, *args, **options: made.append(self.fn.__name__))
-    monkeypatch.setattr(head, "_fits_tma", lambda matrix: False)  # these tensors have no address
+    monkeypatch.setattr(blocks, "is_regular", lambda weight: False)  # these tensors have no address
     monkeypatch.setattr(checks, "_on_gpu", lambda tensor: True)
     return made
 

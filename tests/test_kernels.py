@@ -3,17 +3,27 @@
 import pytest
 import torch
 
+from copg_kernels.kernels.blocks import head_blocks
 from copg_kernels.kernels.contrast import Completions
 from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.pack_rows import pack_rows
 from copg_kernels.schedules.tile_ops import counted_rows, tile_ops
+from copg_kernels.schedules.workspace import kept_elements, tile_in
 from tests.conftest import BACKENDS, DEVICE
 from tests.numerics import relative_error
 
 pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
 
-T, V, H = 37, 150, 40
+T, H = 37, 40
 WIDTH = 64  # of the twin's slices
+
+
+def entries_of_two_splits() -> int:
+    blocks = head_blocks(torch.empty(1, H, device=DEVICE))
+    return max(150, blocks.BLOCK_V * blocks.tiles_per_split + 22)
+
+
+V = entries_of_two_splits() if "triton" in BACKENDS else 0
 
 
 def operands():
@@ -98,8 +108,9 @@ def test_tile_agrees_and_ignored_rows_are_zero():
     for backend in ("triton", "torch"):
         packed, rows, partials = forward(backend, hidden_states, head, labels)
         per_token_logps, lse = tile_ops(backend).merge_splits_fwd(partials, rows)
-        start = 64 if backend == "torch" or DEVICE.type == "cpu" else 128
-        out = torch.empty(rows.row_index.numel(), V - start, device=DEVICE)
+        start, R = 128, rows.row_index.numel()
+        workspace = torch.empty(kept_elements(R, V - start, backend), device=DEVICE)
+        out = tile_in(workspace, R, V - start, backend)
         tile_ops(backend).softmax_minus_label(packed, head, rows, per_token_logps, lse, start, out)
         num_rows = rows.num_rows.item()
         assert backend == "torch" or (out[num_rows:] == 0).all()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from copg_kernels.kernels.language import INTERPRETING
 
@@ -40,7 +41,7 @@ class Blocks(NamedTuple):
 
 BLOCKS: dict[tuple[str, int], Blocks] = {
     ("sm_80", 2): Blocks(128, 128, 64, 8, 3, 32, False, "ieee"),
-    ("sm_80", 4): Blocks(64, 64, 32, 4, 3, 64, False, "tf32x3"),
+    ("sm_80", 4): Blocks(64, 64, 32, 4, 3, 64, False, "tf32x3", max_registers=255),
     ("sm_90", 2): Blocks(256, 128, 64, 8, 3, 32, True, "ieee"),
     ("sm_90", 4): Blocks(64, 64, 32, 4, 3, 64, False, "tf32x3"),
     # Smaller than on sm_90, and with the deeper BLOCK_H: 256 x 128, and 64 with more stages, spill here.
@@ -56,6 +57,13 @@ BLOCKS: dict[tuple[str, int], Blocks] = {
     ("interpreter", 4): Blocks(16, 32, 32, 1, 1, 2, False, "ieee"),
 }
 
+# For heads whose rows are no multiples of 16 elements, or overlap: each element is loaded by itself, and its address
+# takes the registers of a larger tile. Such heads are rare, and not fast.
+IRREGULAR: dict[tuple[str, int], Blocks] = {
+    (kind, itemsize): Blocks(64, 64, 16, 4, 1, 64, False, blocks.precision, None if kind == "gfx942" else 255)
+    for (kind, itemsize), blocks in BLOCKS.items()
+} | {("interpreter", itemsize): Blocks(16, 32, 32, 1, 1, 2, False, "ieee") for itemsize in (2, 4)}
+
 
 def device_kind(device: torch.device) -> str:
     """The table's row for a device: the newest entry whose instructions and shared memory the device has."""
@@ -70,6 +78,18 @@ def device_kind(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
 
 
-def head_blocks(device: torch.device, dtype: torch.dtype) -> Blocks:
-    """The entry for operands of `dtype` on `device`."""
-    return BLOCKS[device_kind(device), dtype.itemsize]
+def head_blocks(weight: Tensor) -> Blocks:
+    """The entry for a head's weight (V, H) and hidden states like it."""
+    kind, itemsize = device_kind(weight.device), weight.element_size()
+    return BLOCKS[kind, itemsize] if is_regular(weight) else IRREGULAR[kind, itemsize]
+
+
+def vocab_block(device: torch.device, dtype: torch.dtype) -> int:
+    """The widest tile of any head on `device`, a multiple of all others."""
+    return BLOCKS[device_kind(device), dtype.itemsize].BLOCK_V
+
+
+def is_regular(weight: Tensor) -> bool:
+    """Whether rows start at multiples of 16 bytes and elements and do not overlap: vector loads and TMA need that."""
+    (_, H), stride = weight.shape, weight.stride(0)
+    return weight.data_ptr() % 16 == 0 and H % 16 == 0 and stride % 16 == 0 and stride >= H

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from copg_kernels.kernels.language import jit, tl, triton
+from copg_kernels.kernels.head import padded
+from copg_kernels.kernels.language import NO_FUSION, jit, tl, triton
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.place_labels import SoftmaxSlice
 
@@ -53,6 +54,11 @@ def _entries(
     ROWS_IN_BLOCKS: tl.constexpr,
 ):
     """-> factor * tile, and which entries are significant."""
+    # The vocabulary, padded: whole vectors are within the mask or beyond it.
+    if ROWS_IN_BLOCKS:
+        num_entries = tl.multiple_of(num_entries, 16)
+    else:
+        num_members = tl.multiple_of(num_members, 16)
     mask = (offs_i < num_members)[:, None] & (offs_j < num_entries)[None, :]
     offsets = offs_i[:, None] * stride_i + offs_j[None, :] * stride_j
     p = tl.load(tile_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -149,7 +155,8 @@ def compact_tile(
     part: SoftmaxSlice, rows: PackedRows, eps: float, capacity: int, dtype: torch.dtype, *, rows_in_blocks: bool
 ) -> Pool:
     """The whole vocabulary's tile (R, V) -> the compact one, with room for so many slots."""
-    tile = part.tile
+    # Past the vocabulary there are zeros, so that whole vectors can be read.
+    tile = padded(part.tile)
     members, entries = tile.shape if rows_in_blocks else tile.shape[::-1]
     strides = tile.stride() if rows_in_blocks else tile.stride()[::-1]
     num_blocks, num_list_tiles = triton.cdiv(members, BLOCK), triton.cdiv(entries, BLOCK_LIST)
@@ -157,7 +164,7 @@ def compact_tile(
     dropped = tile.new_empty((num_list_tiles, members), dtype=torch.float32)
     dropped_list = tile.new_empty((num_blocks, entries), dtype=torch.float32)
     shape = (members, entries, num_list_tiles, *strides, eps)
-    options = dict(ROWS_IN_BLOCKS=rows_in_blocks, BLOCK=BLOCK, BLOCK_LIST=BLOCK_LIST)
+    options = dict(ROWS_IN_BLOCKS=rows_in_blocks, BLOCK=BLOCK, BLOCK_LIST=BLOCK_LIST, **NO_FUSION)
     grid = (num_blocks, num_list_tiles)
     operands = (tile, part.factor, rows.labels, rows.num_rows)
     _count_kernel[grid](*operands, counts, dropped, dropped_list, *shape, **options)
@@ -168,4 +175,6 @@ def compact_tile(
     offsets = torch.cat([ends.new_zeros(1), ends[:, -1]])
     order = offsets.diff().argsort(descending=True, stable=True).to(torch.int32)
     overflow = (offsets[-1:] > capacity).to(torch.int32)
-    return Pool(index, values, offsets, order, dropped.sum(0), dropped_list.sum(0), overflow)
+    R, V = part.tile.shape
+    members, entries = (R, V) if rows_in_blocks else (V, R)
+    return Pool(index, values, offsets, order, dropped.sum(0)[:members], dropped_list.sum(0)[:entries], overflow)

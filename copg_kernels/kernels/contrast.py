@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from copg_kernels.kernels.language import jit, tl
+from copg_kernels.kernels.language import NO_FUSION, jit, tl
 from copg_kernels.kernels.merge_splits import merge_splits, merge_splits_fwd_torch
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.row_statistics import Partials
@@ -157,7 +157,8 @@ def _contrast_kernel(
 
 def launch_options(hip: bool) -> dict[str, int]:
     """Compile options. Left alone, ptxas gives the kernel 40 registers, for an occupancy it cannot use, and spills."""
-    return {"num_warps": 4} if hip else {"num_warps": 4, "maxnreg": 128}
+    options = dict(num_warps=4) | NO_FUSION
+    return options if hip else options | dict(maxnreg=128)
 
 
 def contrast_fwd(partials: Partials, rows: PackedRows, completions: Completions) -> Contrast:

@@ -27,6 +27,8 @@ from copg_kernels.kernels.head import (
     head_logits,
     logits_tile_torch,
     out_arguments,
+    padded,
+    row_stride,
     store_part,
     tile_arguments,
 )
@@ -45,14 +47,13 @@ _ROWS_AT_ONCE = 256
 
 @jit
 def _exp_tile_kernel(
-    hidden_ptr,  # (T, H)
-    weight,  # (V, H), pointer or tensor descriptor
+    hidden,  # (R, H), packed; like weight and tile a pointer or a tensor descriptor
+    weight,  # (V, H)
     bias_ptr,  # (V,)
-    row_index_ptr,  # (R,) int64
     labels_ptr,  # (R,) int64, packed
     num_rows_ptr,  # (1,) int64
     reference_ptr,  # (R,) float32
-    tile,  # (R, V), pointer or tensor descriptor, out
+    tile,  # (R, padded width), out
     tile_max_ptr,  # (num_tiles, R) float32, out
     tile_sum_ptr,  # (num_tiles, R) float32, out
     tile_weighted_ptr,  # (num_tiles, R) float32, out, or None
@@ -60,8 +61,8 @@ def _exp_tile_kernel(
     R,
     V,
     H,
-    stride_hidden,
     stride_weight,
+    padded_width,
     stride_tile,
     logit_scale,
     inv_softcap,
@@ -69,7 +70,6 @@ def _exp_tile_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     USE_TMA: tl.constexpr,
-    TMA_OUT: tl.constexpr,
     EVEN_H: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -87,23 +87,20 @@ def _exp_tile_kernel(
             zeros = tl.zeros((BLOCK_N, BLOCK_V // 4), dtype=tl.float32)
             for part in tl.static_range(4):
                 start_v = pid_v * BLOCK_V + part * (BLOCK_V // 4)
-                store_part(tile, zeros, pid_n * BLOCK_N, start_v, R, V, stride_tile, TMA_OUT)
+                store_part(tile, zeros, pid_n * BLOCK_N, start_v, R, padded_width, stride_tile, USE_TMA)
         return
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_rows
-    # Lanes past the last counted row compute it once more: an ignored row may hold NaN.
-    counted_n = tl.minimum(offs_n, num_rows - 1)
-    rows = tl.load(row_index_ptr + counted_n)
-    label = tl.load(labels_ptr + counted_n).to(tl.int32)
+    label = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1).to(tl.int32)
 
     # 2. The streaming forward pass's logits and maximum.
     parts = head_logits(
-        hidden_ptr, rows * stride_hidden, weight, bias_ptr, pid_v, V, H, stride_weight,
+        hidden, pid_n * BLOCK_N, weight, bias_ptr, pid_v, R, V, H, stride_weight,
         logit_scale, inv_softcap, inv_temperature,
         HAS_BIAS, HAS_CAP, USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
     )  # fmt: skip
     tile_max = tile_maximum(parts)
-    reference = tl.load(reference_ptr + counted_n)
+    reference = tl.load(reference_ptr + offs_n, mask=mask_n, other=0.0)
     factor = tl.where(mask_n, tl.exp(tl.minimum(tile_max - reference, _LARGEST_EXPONENT)), 0.0)
 
     # 3. Its sums, and the exponentials themselves, relative to the row's reference.
@@ -119,10 +116,9 @@ def _exp_tile_kernel(
             # log e is z - tile_max once more: keeping z beside the cap's derivative costs registers that spill.
             tile_weighted += tl.sum(exps * tl.log(tl.maximum(exps, 1e-37)), 1)
         if HAS_CAP:
-            # Past V the slope is infinite and the exponential 0: that product is not stored.
             exps *= cap_slope(parts[part], inv_softcap, inv_temperature)
         value = exps * factor[:, None]
-        store_part(tile, value, pid_n * BLOCK_N, start_v, R, V, stride_tile, TMA_OUT)
+        store_part(tile, value, pid_n * BLOCK_N, start_v, R, padded_width, stride_tile, USE_TMA)
     offset = pid_v.to(tl.int64) * R + offs_n
     tl.store(tile_max_ptr + offset, tile_max, mask=mask_n)
     tl.store(tile_sum_ptr + offset, tile_sum, mask=mask_n)
@@ -143,22 +139,21 @@ class ScaledTile(NamedTuple):
 def exp_tiles(
     hidden_states: Tensor, head: Head, rows: PackedRows, workspace: Tensor, *, entropy: bool = False
 ) -> tuple[Partials, ScaledTile]:
-    """(T, H), head (V, H), packed rows -> row statistics, and exponentials in the workspace (its elements, flat)."""
+    """Packed rows (R, H), head (V, H) -> row statistics, and exponentials in the workspace (its elements, flat)."""
     R, V = rows.row_index.numel(), head.weight.shape[0]
-    blocks = head_blocks(hidden_states.device, hidden_states.dtype)
+    blocks = head_blocks(head.weight)
     num_tiles = triton.cdiv(V, blocks.BLOCK_V)
     stride_tile = row_stride(V)
     tile_max, tile_sum = hidden_states.new_empty((2, num_tiles, R), dtype=torch.float32)
     tile_weighted = torch.empty_like(tile_max) if entropy else None
     kept = ScaledTile(
         workspace[: R * stride_tile].view(R, stride_tile)[:, :V],
-        _reference_logits(hidden_states, head).index_select(0, rows.row_index),
+        _reference_logits(hidden_states, head),
         hidden_states.new_empty((R,), dtype=torch.float32),
     )
     if R:
         num_groups = triton.cdiv(R, blocks.BLOCK_N * GROUP_N)
         _exp_tile_kernel[(GROUP_N * num_tiles, num_groups)](
-            row_index_ptr=rows.row_index,
             labels_ptr=rows.labels,
             num_rows_ptr=rows.num_rows,
             reference_ptr=kept.reference,
@@ -167,20 +162,15 @@ def exp_tiles(
             tile_weighted_ptr=tile_weighted,
             label_logits_ptr=kept.label_logits,
             GROUP_N=GROUP_N,
-            **out_arguments(kept.tile, blocks),
+            **out_arguments(padded(kept.tile), blocks),
             **tile_arguments(hidden_states, head, blocks),
         )
     folded = fold_tiles(tile_max, tile_sum, tile_weighted, blocks.tiles_per_split)
     return Partials(*folded[:2], kept.label_logits, folded[2]), kept
 
 
-def row_stride(vocab_size: int) -> int:
-    """Elements from one row of the tile to the next: a GEMM library is slow on rows that are not aligned."""
-    return -(-vocab_size // 64) * 64
-
-
 def _reference_logits(hidden_states: Tensor, head: Head) -> Tensor:
-    """(T, H) -> (T,) float32, the largest of the first logits, as good as the operands' dtype gives it."""
+    """(R, H) -> (R,) float32, the largest of the first logits, as good as the operands' dtype gives it."""
     product = torch.mm(hidden_states, head.weight[:REFERENCE_COLUMNS].T).float()
     if head.bias is not None:
         product += head.bias[:REFERENCE_COLUMNS]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from copg_kernels.kernels.language import jit, tl, triton
+from copg_kernels.kernels.language import NO_FUSION, jit, tl, triton
 from copg_kernels.kernels.row_statistics import LOWEST, merge_statistics, merge_weighted
 
 BLOCK_R = 128
@@ -57,6 +57,6 @@ def fold_tiles(
     if R:
         _fold_tiles_kernel[(triton.cdiv(R, BLOCK_R), num_splits)](
             tile_max, tile_sum, tile_weighted, partial_max, partial_sum, partial_weighted, R, num_tiles,
-            TILES_PER_SPLIT=tiles_per_split, BLOCK_R=BLOCK_R, enable_fp_fusion=False,
+            TILES_PER_SPLIT=tiles_per_split, BLOCK_R=BLOCK_R, **NO_FUSION,
         )  # fmt: skip
     return partial_max, partial_sum, partial_weighted

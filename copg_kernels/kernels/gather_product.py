@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from copg_kernels.kernels.blocks import device_kind
 from copg_kernels.kernels.compact_tile import BLOCK, Pool
-from copg_kernels.kernels.language import jit, tl, triton
+from copg_kernels.kernels.language import FENCES_COPIES, NO_FUSION, jit, tl, triton
 
 # By bytes per element: in float32 the other half of the registers goes to addresses.
 BLOCK_H = {2: 128, 4: 64}
@@ -77,9 +78,20 @@ def _gather_product_kernel(
     tl.store(out_ptrs, acc, mask=mask)
 
 
-def launch_options(hip: bool) -> dict[str, int]:
+def block_width(source: Tensor) -> int:
+    """BLOCK_H for this source; less where its elements are loaded one by one."""
+    return BLOCK_H[source.element_size()] if source.stride(0) % 16 == 0 else 32
+
+
+def launch_options(device: torch.device) -> dict[str, int]:
     """Compile options. Left alone, Triton 3.6's assembler gives float32 on sm_80 32 registers and spills the rest."""
-    return {"num_warps": 8} if hip else {"num_warps": 8, "maxnreg": 255}
+    kind, options = device_kind(device), dict(num_warps=8) | NO_FUSION
+    if kind != "gfx942":
+        options |= dict(maxnreg=255)
+    if kind in ("sm_90", "sm_100") and not FENCES_COPIES:
+        # Through registers then, with a fence, but one load after the other.
+        options |= dict(num_stages=1)
+    return options
 
 
 def gather_product(
@@ -88,10 +100,10 @@ def gather_product(
     """Compact tile, (entries, H), (H,), (members,) -> out (members, H), or added to it."""
     members, H = out.shape
     assert out.is_contiguous() and source.stride(1) == 1
-    block_h = BLOCK_H[source.element_size()]
+    block_h = block_width(source)
     _gather_product_kernel[(triton.cdiv(members, BLOCK), triton.cdiv(H, block_h))](
         pool.entries, pool.values, pool.offsets, pool.order, pool.overflow, source, pool.dropped, mean, scale, out,
         members, H, source.stride(0),
         ADD=add, PRECISION=precision, BLOCK=BLOCK, BLOCK_H=block_h, BLOCK_K=BLOCK_K,
-        **launch_options(torch.version.hip is not None),
+        **launch_options(out.device),
     )  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from copg_kernels.kernels.blocks import Blocks
-from copg_kernels.kernels.language import TensorDescriptor, jit, tl
+from copg_kernels.kernels.language import NO_FUSION, TensorDescriptor, jit, tl
 
 
 class Head(NamedTuple):
@@ -35,11 +35,12 @@ class Head(NamedTuple):
 
 @jit
 def head_logits(
-    hidden_ptr,  # (T, H)
-    row_offsets,  # [BLOCK_N] int64, offsets of the tile's rows in hidden_ptr
+    hidden,  # (R, H), packed: a tensor descriptor, or a pointer
+    start_n,  # first of the tile's rows
     weight,  # (V, H): a tensor descriptor, or a pointer
     bias_ptr,  # (V,)
     tile,  # vocabulary tile index
+    R,
     V,
     H,
     stride_weight,
@@ -55,26 +56,25 @@ def head_logits(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """z of one tile, as four [BLOCK_N, BLOCK_V / 4] float32 parts side by side; -inf past V.
+    """z of one tile, as four [BLOCK_N, BLOCK_V / 4] float32 parts side by side; past V so low that exp(z) = 0.
 
     In parts, because an epilogue over 128 accumulator registers per thread would spill.
     """
     # Clamped instead of masked: the loads stay plain asynchronous copies, and the caller masks columns once.
+    offs_x = tl.minimum(start_n + tl.arange(0, BLOCK_N), R - 1).to(tl.int64) * H
     offs_w = tl.minimum(tile * BLOCK_V + tl.arange(0, BLOCK_V), V - 1).to(tl.int64) * stride_weight
     offs_h = tl.arange(0, BLOCK_H)
     acc = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     for start_h in range(0, H, BLOCK_H):
         columns = (start_h + offs_h)[None, :]
-        hidden_ptrs = hidden_ptr + row_offsets[:, None] + columns
-        if EVEN_H:
-            x = tl.load(hidden_ptrs)
-        else:
-            x = tl.load(hidden_ptrs, mask=columns < H, other=0.0)
         if USE_TMA:
+            x = hidden.load([start_n, start_h])
             w = weight.load([tile * BLOCK_V, start_h])
         elif EVEN_H:
+            x = tl.load(hidden + offs_x[:, None] + columns)
             w = tl.load(weight + offs_w[:, None] + columns)
         else:
+            x = tl.load(hidden + offs_x[:, None] + columns, mask=columns < H, other=0.0)
             w = tl.load(weight + offs_w[:, None] + columns, mask=columns < H, other=0.0)
         acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
     # A bias is added to a wide accumulator as a whole and to others in parts: as it comes out without spills.
@@ -82,7 +82,7 @@ def head_logits(
     BIAS_ON_PART: tl.constexpr = HAS_BIAS and not BIAS_ON_ACC
     if BIAS_ON_ACC:
         offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        acc += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + tl.minimum(offs_v, V - 1)).to(tl.float32)[None, :]
     left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, BLOCK_V // 2)), (0, 2, 1)))
     part0, part1 = tl.split(tl.permute(tl.reshape(left, (BLOCK_N, 2, BLOCK_V // 4)), (0, 2, 1)))
     part2, part3 = tl.split(tl.permute(tl.reshape(right, (BLOCK_N, 2, BLOCK_V // 4)), (0, 2, 1)))
@@ -106,7 +106,7 @@ def _finish(
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
 ):
-    """Product -> z; -inf past V."""
+    """Product -> z; past V so low that exp(z) = 0."""
     offs_c = tl.arange(0, product.shape[1])
     if HAS_BIAS:
         product += tl.load(bias_ptr + start_v + offs_c, mask=offs_c < V - start_v, other=0.0).to(tl.float32)[None, :]
@@ -114,52 +114,56 @@ def _finish(
         # tanh(u) = 1 - 2 / (exp(2u) + 1): exp(2u) = inf gives 1, and 0 gives -1.
         tanh = 1.0 - 2.0 / (tl.exp(product * (2.0 * logit_scale * inv_softcap)) + 1.0)
         z = tanh * (inv_temperature / inv_softcap)
+        # Finite: the exponential of -inf is 0, the cap's derivative there infinite, and their product NaN.
+        lowest = -1e15 * (inv_temperature / inv_softcap)
     else:
         z = product * (logit_scale * inv_temperature)
-    return tl.where((offs_c < V - start_v)[None, :], z, float("-inf"))
+        lowest = float("-inf")
+    return tl.where((offs_c < V - start_v)[None, :], z, lowest)
 
 
 @jit
 def cap_slope(z, inv_softcap, inv_temperature):
-    """Derivative of the cap, 1 - tanh^2, from the finished logit."""
+    """Derivative of the cap, 1 - tanh^2, from the finished logit; finite past V."""
     tanh = z * (inv_softcap / inv_temperature)
     return (1.0 - tanh) * (1.0 + tanh)
 
 
 @jit
 def store_part(
-    tile,  # (R, width): a tensor descriptor, or a pointer
+    tile,  # (R, padded width): a tensor descriptor, or a pointer
     value,  # [BLOCK_N, BLOCK_C] float32, rounded as it is stored
     start_n,
     start_c,
     R,
-    width,
+    padded_width,
     stride_tile,
-    TMA_OUT: tl.constexpr,
+    USE_TMA: tl.constexpr,
 ):
     """value -> tile[start_n:, start_c:], within its bounds."""
-    if TMA_OUT:
+    if USE_TMA:
         tile.store([start_n, start_c], value)
     else:
         offs_n, offs_c = tl.arange(0, value.shape[0]), start_c + tl.arange(0, value.shape[1])
-        mask = (start_n + offs_n < R)[:, None] & (offs_c < width)[None, :]
+        mask = (start_n + offs_n < R)[:, None] & (offs_c < padded_width)[None, :]
         # 64 bits to the block of rows, 32 within it: 64-bit addresses of every element would spill.
         block = tile + tl.cast(start_n, tl.int64) * stride_tile
         tl.store(block + (offs_n[:, None] * stride_tile + offs_c[None, :]), value, mask=mask)
 
 
 def tile_arguments(hidden_states: Tensor, head: Head, blocks: Blocks) -> dict:
-    """Keyword arguments of a kernel around `head_logits` that follow from the operands."""
-    V, H = head.weight.shape
-    use_tma = blocks.use_tma and _fits_tma(head.weight)
-    weight = head.weight
-    if use_tma:
+    """Keyword arguments of a kernel around `head_logits` that follow from the operands, packed rows (R, H) first."""
+    (R, H), V = hidden_states.shape, head.weight.shape[0]
+    assert hidden_states.is_contiguous()
+    hidden, weight = hidden_states, head.weight
+    if blocks.use_tma:
+        hidden = TensorDescriptor.from_tensor(hidden, [blocks.BLOCK_N, blocks.BLOCK_H])
         weight = TensorDescriptor.from_tensor(weight, [blocks.BLOCK_V, blocks.BLOCK_H])
     return dict(
-        hidden_ptr=hidden_states,
-        stride_hidden=hidden_states.stride(0),
+        hidden=hidden,
         weight=weight,
         bias_ptr=head.bias,
+        R=R,
         V=V,
         H=H,
         stride_weight=head.weight.stride(0),
@@ -168,8 +172,8 @@ def tile_arguments(hidden_states: Tensor, head: Head, blocks: Blocks) -> dict:
         inv_temperature=1.0 / head.temperature,
         HAS_BIAS=head.bias is not None,
         HAS_CAP=head.softcap is not None,
-        USE_TMA=use_tma,
-        EVEN_H=H % blocks.BLOCK_H == 0,
+        USE_TMA=blocks.use_tma,
+        EVEN_H=blocks.use_tma or H % blocks.BLOCK_H == 0,
         PRECISION=blocks.precision,
         BLOCK_N=blocks.BLOCK_N,
         BLOCK_V=blocks.BLOCK_V,
@@ -179,28 +183,27 @@ def tile_arguments(hidden_states: Tensor, head: Head, blocks: Blocks) -> dict:
 
 
 def compile_options(blocks: Blocks) -> dict:
-    """The same for every kernel around `head_logits`: no fused multiply-add at the compiler's choice, which would make
-    the bits of a logit depend on the kernel."""
-    options = dict(num_warps=blocks.num_warps, num_stages=blocks.num_stages, enable_fp_fusion=False)
+    """The same for every kernel around `head_logits`: else the bits of a logit would depend on the kernel."""
+    options = dict(num_warps=blocks.num_warps, num_stages=blocks.num_stages) | NO_FUSION
     return options if blocks.max_registers is None else options | dict(maxnreg=blocks.max_registers)
 
 
 def out_arguments(tile: Tensor, blocks: Blocks) -> dict:
-    """Keyword arguments of a kernel that writes `tile` by `store_part`."""
-    use_tma = blocks.use_tma and _fits_tma(tile)
-    return dict(
-        tile=TensorDescriptor.from_tensor(tile, [blocks.BLOCK_N, blocks.BLOCK_V // 4]) if use_tma else tile,
-        R=tile.shape[0],
-        stride_tile=tile.stride(0),
-        TMA_OUT=use_tma,
-    )
+    """Keyword arguments of a kernel that writes `tile`, as `padded` makes it, by `store_part`."""
+    out = TensorDescriptor.from_tensor(tile, [blocks.BLOCK_N, blocks.BLOCK_V // 4]) if blocks.use_tma else tile
+    return dict(tile=out, padded_width=tile.shape[1], stride_tile=tile.stride(0))
 
 
-def _fits_tma(matrix: Tensor) -> bool:
-    """A tensor descriptor needs a base and a row stride in multiples of 16 bytes, and rows that do not overlap."""
-    row_bytes = matrix.stride(0) * matrix.element_size()
-    is_aligned = matrix.data_ptr() % 16 == 0 and row_bytes % 16 == 0
-    return is_aligned and matrix.stride(0) >= matrix.shape[1]
+def row_stride(width: int) -> int:
+    """Elements from one row of a tile to the next: a GEMM library is slow on rows that are not aligned, and stores of
+    single elements would need more registers than there are."""
+    return -(-width // 64) * 64
+
+
+def padded(tile: Tensor) -> Tensor:
+    """(R, width), rows of `row_stride` -> the same with the columns past its width that kernels write: zeros."""
+    R, width = tile.shape
+    return tile.as_strided((R, -(-width // 16) * 16), tile.stride())
 
 
 def logits_tile_torch(hidden_states: Tensor, head: Head, start: int, stop: int, out: Tensor) -> Tensor | None:

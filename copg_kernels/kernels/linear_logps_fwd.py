@@ -35,10 +35,9 @@ from copg_kernels.kernels.row_statistics import (
 
 @jit
 def _linear_logps_fwd_kernel(
-    hidden_ptr,  # (T, H)
-    weight,  # (V, H), pointer or tensor descriptor
+    hidden,  # (R, H), packed; like weight a pointer or a tensor descriptor
+    weight,  # (V, H)
     bias_ptr,  # (V,)
-    row_index_ptr,  # (R,) int64
     labels_ptr,  # (R,) int64, packed
     num_rows_ptr,  # (1,) int64
     partial_max_ptr,  # (S, R) float32, out
@@ -48,7 +47,6 @@ def _linear_logps_fwd_kernel(
     R,
     V,
     H,
-    stride_hidden,
     stride_weight,
     logit_scale,
     inv_softcap,
@@ -72,7 +70,6 @@ def _linear_logps_fwd_kernel(
         return
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_rows
-    rows = tl.load(row_index_ptr + offs_n, mask=mask_n, other=0)
     label = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1).to(tl.int32)
 
     # 2. Running maximum and sum over the split's tiles.
@@ -85,7 +82,7 @@ def _linear_logps_fwd_kernel(
     # Hoisting the epilogue's column indices out of the loop would cost the registers that the accumulator needs.
     for tile in tl.range(first_tile, last_tile, disable_licm=True):
         parts = head_logits(
-            hidden_ptr, rows * stride_hidden, weight, bias_ptr, tile, V, H, stride_weight,
+            hidden, pid_n * BLOCK_N, weight, bias_ptr, tile, R, V, H, stride_weight,
             logit_scale, inv_softcap, inv_temperature,
             HAS_BIAS, HAS_CAP, USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
         )  # fmt: skip
@@ -118,12 +115,12 @@ def _linear_logps_fwd_kernel(
 def linear_logps_fwd(
     hidden_states: Tensor, head: Head, rows: PackedRows, width: int, *, entropy: bool = False
 ) -> Partials:
-    """(T, H), head (V, H), packed rows -> partial statistics of every counted row, those of its entropy if asked for.
+    """Packed rows (R, H), head (V, H) -> partial statistics of every counted row, those of its entropy if asked for.
 
     The tile stays in registers, and its splits are the block table's: width is for the twin.
     """
     R, V = rows.row_index.numel(), head.weight.shape[0]
-    blocks = head_blocks(hidden_states.device, hidden_states.dtype)
+    blocks = head_blocks(head.weight)
     num_splits = triton.cdiv(V, blocks.BLOCK_V * blocks.tiles_per_split)
     partials = Partials(
         hidden_states.new_empty((num_splits, R), dtype=torch.float32),
@@ -135,14 +132,12 @@ def linear_logps_fwd(
         return partials
     num_groups = triton.cdiv(R, blocks.BLOCK_N * GROUP_N)
     _linear_logps_fwd_kernel[(GROUP_N * num_splits, num_groups)](
-        row_index_ptr=rows.row_index,
         labels_ptr=rows.labels,
         num_rows_ptr=rows.num_rows,
         partial_max_ptr=partials.max,
         partial_sum_ptr=partials.sum,
         partial_weighted_ptr=partials.weighted,
         label_logits_ptr=partials.label_logits,
-        R=R,
         GROUP_N=GROUP_N,
         TILES_PER_SPLIT=blocks.tiles_per_split,
         **tile_arguments(hidden_states, head, blocks),

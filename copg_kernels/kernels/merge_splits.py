@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from copg_kernels.kernels.language import jit, tl, triton
+from copg_kernels.kernels.language import NO_FUSION, jit, tl, triton
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.row_statistics import Partials
 
@@ -84,7 +84,7 @@ def merge_splits_fwd(partials: Partials, rows: PackedRows) -> tuple[Tensor, Tens
     if T:
         _merge_splits_kernel[(triton.cdiv(T, BLOCK_T),)](
             partials.max, partials.sum, partials.label_logits, rows.position, rows.num_rows,
-            per_token_logps, lse, T, R, num_splits, BLOCK_T=BLOCK_T,
+            per_token_logps, lse, T, R, num_splits, BLOCK_T=BLOCK_T, **NO_FUSION,
         )  # fmt: skip
     return per_token_logps, lse
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from copg_kernels.kernels.blocks import head_blocks
 from copg_kernels.kernels.exp_tile import ExpTile, ScaledTile
 from copg_kernels.kernels.head import Head, cap_slope
-from copg_kernels.kernels.language import jit, tl, triton
+from copg_kernels.kernels.language import NO_FUSION, jit, tl, triton
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.softmax_minus_label import expm1, softmax_minus_label
 
@@ -39,7 +39,7 @@ class SoftmaxSlice(NamedTuple):
 
 @jit
 def _place_labels_kernel(
-    tile_ptr,  # (R, stride_tile), in and out
+    tile_ptr,  # (R, V), in and out
     reference_ptr,  # (R,) float32
     row_index_ptr,  # (R,) int64
     labels_ptr,  # (R,) int64, packed
@@ -83,7 +83,7 @@ def place_labels(
     R, V = kept.tile.shape
     factor = torch.empty_like(kept.reference)
     if R:
-        blocks = head_blocks(hidden_states.device, hidden_states.dtype)
+        blocks = head_blocks(head.weight)
         num_blocks = triton.cdiv(R, blocks.BLOCK_N)
         redo = rows.num_rows.new_empty((num_blocks,), dtype=torch.int32)
         _place_labels_kernel[(num_blocks,)](
@@ -91,7 +91,7 @@ def place_labels(
             per_token_logps, lse, factor, redo, per_token_logps.numel(), R, kept.tile.stride(0),
             inv_softcap=0.0 if head.softcap is None else 1.0 / head.softcap,
             inv_temperature=1.0 / head.temperature,
-            HAS_CAP=head.softcap is not None, BLOCK_N=blocks.BLOCK_N,
+            HAS_CAP=head.softcap is not None, BLOCK_N=blocks.BLOCK_N, **NO_FUSION,
         )  # fmt: skip
         softmax_minus_label(hidden_states, head, rows, per_token_logps, lse, 0, kept.tile, only=redo)
     return [SoftmaxSlice(0, V, kept.tile, factor)]

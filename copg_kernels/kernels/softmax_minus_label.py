@@ -20,6 +20,7 @@ from copg_kernels.kernels.head import (
     head_logits,
     logits_tile_torch,
     out_arguments,
+    padded,
     store_part,
     tile_arguments,
 )
@@ -32,8 +33,8 @@ TILE_SCALE = {torch.float16: 2.0**14}
 
 @jit
 def _softmax_minus_label_kernel(
-    hidden_ptr,  # (T, H)
-    weight,  # (V, H), pointer or tensor descriptor
+    hidden,  # (R, H), packed; like weight and tile a pointer or a tensor descriptor
+    weight,  # (V, H)
     bias_ptr,  # (V,)
     row_index_ptr,  # (R,) int64
     labels_ptr,  # (R,) int64, packed
@@ -41,24 +42,22 @@ def _softmax_minus_label_kernel(
     per_token_logps_ptr,  # (T,) float32
     lse_ptr,  # (2, T) float32
     only_ptr,  # (row blocks,) int32: which blocks to compute, or None for all
-    tile,  # (R, tile_width), pointer or tensor descriptor, out
+    tile,  # (R, padded width), out
     T,
     R,
     V,
     H,
-    stride_hidden,
     stride_weight,
+    padded_width,
     stride_tile,
     logit_scale,
     inv_softcap,
     inv_temperature,
     tile_scale,
     first_tile,
-    tile_width,
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     USE_TMA: tl.constexpr,
-    TMA_OUT: tl.constexpr,
     EVEN_H: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -81,7 +80,7 @@ def _softmax_minus_label_kernel(
         zeros = tl.zeros((BLOCK_N, BLOCK_V // 4), dtype=tl.float32)
         for part in tl.static_range(4):
             start_c = pid_v * BLOCK_V + part * (BLOCK_V // 4)
-            store_part(tile, zeros, pid_n * BLOCK_N, start_c, R, tile_width, stride_tile, TMA_OUT)
+            store_part(tile, zeros, pid_n * BLOCK_N, start_c, R, padded_width, stride_tile, USE_TMA)
         return
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_rows
@@ -93,7 +92,7 @@ def _softmax_minus_label_kernel(
     residual = tl.load(lse_ptr + tl.cast(T, tl.int64) + rows, mask=mask_n, other=0.0)
     label_value = tl.exp(residual) * expm1(tl.load(per_token_logps_ptr + rows, mask=mask_n, other=0.0))
     parts = head_logits(
-        hidden_ptr, rows * stride_hidden, weight, bias_ptr, first_tile + pid_v, V, H, stride_weight,
+        hidden, pid_n * BLOCK_N, weight, bias_ptr, first_tile + pid_v, R, V, H, stride_weight,
         logit_scale, inv_softcap, inv_temperature,
         HAS_BIAS, HAS_CAP, USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
     )  # fmt: skip
@@ -107,7 +106,7 @@ def _softmax_minus_label_kernel(
         if HAS_CAP:
             value *= cap_slope(z, inv_softcap, inv_temperature)
         value = tl.where(mask_n[:, None], value, 0.0)
-        store_part(tile, value, pid_n * BLOCK_N, start_c, R, tile_width, stride_tile, TMA_OUT)
+        store_part(tile, value, pid_n * BLOCK_N, start_c, R, padded_width, stride_tile, USE_TMA)
 
 
 @jit
@@ -129,13 +128,14 @@ def softmax_minus_label(
     out: Tensor,
     only: Tensor | None = None,
 ) -> Tensor:
-    """(T, H), head (V, H), packed rows, (T,), (2, T) -> out (R, width), TILE_SCALE * tile[:, start:start + width].
+    """Packed rows (R, H), head (V, H), (T,), (2, T) -> out (R, width), TILE_SCALE * tile[:, start:start + width].
 
+    Rows of out are `row_stride` apart, and what lies between becomes 0.
     `only` (row blocks,) int32, where given, leaves the blocks of BLOCK_N rows alone that it has 0 for.
     """
-    blocks = head_blocks(hidden_states.device, hidden_states.dtype)
+    blocks = head_blocks(head.weight)
     R, width = out.shape
-    assert start % blocks.BLOCK_V == 0 and out.stride(1) == 1
+    assert start % blocks.BLOCK_V == 0 and out.stride(0) % 64 == 0 and out.stride(1) == 1
     num_tiles, num_groups = triton.cdiv(width, blocks.BLOCK_V), triton.cdiv(R, blocks.BLOCK_N * GROUP_N)
     _softmax_minus_label_kernel[(GROUP_N * num_tiles, num_groups)](
         row_index_ptr=rows.row_index,
@@ -147,9 +147,8 @@ def softmax_minus_label(
         T=per_token_logps.numel(),
         tile_scale=TILE_SCALE.get(out.dtype, 1.0),
         first_tile=start // blocks.BLOCK_V,
-        tile_width=width,
         GROUP_N=GROUP_N,
-        **out_arguments(out, blocks),
+        **out_arguments(padded(out), blocks),
         **tile_arguments(hidden_states, head, blocks),
     )
     return out

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from copg_kernels.kernels.language import jit, tl, triton
+from copg_kernels.kernels.language import NO_FUSION, jit, tl, triton
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.row_statistics import Partials, merge_statistics, merge_weighted
 
@@ -62,7 +62,7 @@ def token_entropy_fwd(partials: Partials, rows: PackedRows, per_token_logps: Ten
     if T:
         _token_entropy_kernel[(triton.cdiv(T, BLOCK_T),)](
             partials.max, partials.sum, partials.weighted, partials.label_logits, per_token_logps, rows.position,
-            rows.num_rows, entropy, T, R, num_splits, BLOCK_T=BLOCK_T,
+            rows.num_rows, entropy, T, R, num_splits, BLOCK_T=BLOCK_T, **NO_FUSION,
         )  # fmt: skip
     return entropy
 

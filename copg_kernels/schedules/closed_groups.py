@@ -140,7 +140,7 @@ def in_chunks(
         else:
             compact = compact_tiles.compacted(slices[0], rows, sparse_eps, needs, head.weight.dtype)
             shares.append(compact.shares)
-        tile = _Tile(slices, compact, packed, rows, scale, backend)
+        tile = _Tile(slices, compact, packed, scale, backend)
         if needs.hidden_states:
             out = gradients.hidden_states[chunk.tokens]
             product = _hidden_product(tile, head)
@@ -161,7 +161,6 @@ class _Tile(NamedTuple):
     slices: list[SoftmaxSlice]  # of the vocabulary; a single one with the kernels
     compact: CompactTile | None
     hidden_states: Tensor  # as `counted_rows` gives them
-    rows: PackedRows
     scale: Tensor  # (R,) of the packed rows
     backend: str
 
@@ -175,9 +174,9 @@ def _hidden_product(tile: _Tile, head: Head) -> Tensor:
 def _write_weight_product(tile: _Tile, out: Tensor, *, add: bool) -> None:
     if tile.compact is None:
         write = add_weight_product_ if add else write_weight_product
-        write(tile.slices, tile.hidden_states, tile.rows, tile.scale, out, tile.backend)
+        write(tile.slices, tile.hidden_states, tile.scale, out, tile.backend)
     else:
-        operands = (tile.compact, tile.slices[0], tile.hidden_states, tile.rows, tile.scale, out)
+        operands = (tile.compact, tile.slices[0], tile.hidden_states, tile.scale, out)
         compact_tiles.write_weight_product(*operands, add=add)
 
 

@@ -21,7 +21,7 @@ from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.matmul import mm_fp32
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.place_labels import SoftmaxSlice
-from copg_kernels.kernels.scale_rows import scale_counted
+from copg_kernels.kernels.scale_rows import scale_packed
 from copg_kernels.kernels.significant_columns import MOST_KEPT
 from copg_kernels.schedules.recompute import Needs
 
@@ -57,7 +57,7 @@ def mean_row(mass: Tensor, source: Tensor) -> Tensor:
 def hidden_product(compact: CompactTile, part: SoftmaxSlice, head: Head, scale: Tensor) -> Tensor:
     """(R,) -> scale * (softmax - onehot) weight, (R, H) float32."""
     pool, weight = compact.by_rows, head.weight
-    precision = head_blocks(weight.device, weight.dtype).precision
+    precision = head_blocks(weight).precision
     out = scale.new_empty((scale.numel(), weight.shape[1]))
     gather_product(pool, weight, mean_row(pool.dropped_list, weight), scale, out, precision, add=False)
     dense_product(pool.overflow, part.tile, weight, scale * part.factor, out, precision)
@@ -68,19 +68,18 @@ def write_weight_product(
     compact: CompactTile,
     part: SoftmaxSlice,
     hidden_states: Tensor,
-    rows: PackedRows,
     scale: Tensor,
     out: Tensor,
     *,
     add: bool,
 ) -> None:
-    """out (V, H) = or += (softmax - onehot)^T (scale * X)."""
+    """Packed rows (R, H), (R,) -> out (V, H) = or += (softmax - onehot)^T (scale * X)."""
     pool, dtype = compact.by_columns, part.tile.dtype
     assert pool is not None
-    precision = head_blocks(hidden_states.device, hidden_states.dtype).precision
-    source = scale_counted(hidden_states, rows, scale, dtype)
+    precision = head_blocks(hidden_states).precision
+    source = scale_packed(hidden_states, scale, dtype)
     gather_product(pool, source, mean_row(pool.dropped_list, source), None, out, precision, add=add)
-    of_tile = scale_counted(hidden_states, rows, scale * part.factor, dtype)
+    of_tile = scale_packed(hidden_states, scale * part.factor, dtype)
     dense_product(pool.overflow, part.tile.T, of_tile, None, out, precision)
 
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.matmul import addmm_fp32_, mm_fp32
-from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.place_labels import SoftmaxSlice
 from copg_kernels.schedules.recompute import write_product
 from copg_kernels.schedules.tile_ops import accumulation_dtype, operand_dtype, tile_ops
@@ -28,20 +27,20 @@ def hidden_product(slices: list[SoftmaxSlice], head: Head, scale: Tensor, backen
 
 
 def write_weight_product(
-    slices: list[SoftmaxSlice], hidden_states: Tensor, rows: PackedRows, scale: Tensor, out: Tensor, backend: str
+    slices: list[SoftmaxSlice], hidden_states: Tensor, scale: Tensor, out: Tensor, backend: str
 ) -> None:
     """out (V, H) = (softmax - onehot)^T (scale * X), rounded once; hidden_states as `counted_rows` gives them."""
     for part in slices:
-        scaled = tile_ops(backend).scale_counted(hidden_states, rows, scale * part.factor, part.tile.dtype)
+        scaled = tile_ops(backend).scale_packed(hidden_states, scale * part.factor, part.tile.dtype)
         write_product(part.tile.T, scaled, scale.new_ones(()), out[part.start : part.stop])
 
 
 def add_weight_product_(
-    slices: list[SoftmaxSlice], hidden_states: Tensor, rows: PackedRows, scale: Tensor, out: Tensor, backend: str
+    slices: list[SoftmaxSlice], hidden_states: Tensor, scale: Tensor, out: Tensor, backend: str
 ) -> None:
     """out (V, H), in the accumulation dtype, += the same."""
     for part in slices:
-        scaled = tile_ops(backend).scale_counted(hidden_states, rows, scale * part.factor, part.tile.dtype)
+        scaled = tile_ops(backend).scale_packed(hidden_states, scale * part.factor, part.tile.dtype)
         addmm_fp32_(out[part.start : part.stop], part.tile.T, scaled)
 
 

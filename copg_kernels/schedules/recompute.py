@@ -17,7 +17,7 @@ from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.matmul import addmm_fp32_, mm_fp32
 from copg_kernels.kernels.softmax_minus_label import TILE_SCALE
 from copg_kernels.schedules.tile_ops import accumulation_dtype, counted_rows, operand_dtype, tile_ops
-from copg_kernels.schedules.workspace import slice_width
+from copg_kernels.schedules.workspace import kept_elements, slice_width, tile_in
 
 
 class Needs(NamedTuple):
@@ -77,10 +77,10 @@ def token_logps_bwd(
         scaled_hidden = ops.scale_rows(hidden_states, rows.row_index, packed_coefficient, operand)
 
     width = slice_width(workspace_bytes, R, (V, H), dtype, hidden_states.device, backend)
-    workspace = hidden_states.new_empty((R * width,), dtype=operand)
+    workspace = hidden_states.new_empty((kept_elements(R, width, backend),), dtype=operand)
     for start in range(0, V, width):
         stop = min(start + width, V)
-        tile = workspace[: R * (stop - start)].view(R, stop - start)
+        tile = tile_in(workspace, R, stop - start, backend)
         ops.softmax_minus_label(packed, head, rows, per_token_logps, lse, start, tile)
         if needs.hidden_states:
             addmm_fp32_(dhidden, tile, head.weight[start:stop].to(operand))

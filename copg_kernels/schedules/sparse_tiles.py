@@ -23,14 +23,14 @@ from copg_kernels.kernels.merge_splits import merge_splits_fwd
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.place_labels import place_labels
 from copg_kernels.kernels.row_statistics import Partials, joined_partials
-from copg_kernels.kernels.scale_rows import scale_counted, scale_rows
+from copg_kernels.kernels.scale_rows import scale_packed, scale_rows
 from copg_kernels.kernels.softmax_minus_label import softmax_minus_label
 from copg_kernels.schedules import compact_tiles
 from copg_kernels.schedules.compact_tiles import CompactTile, compacted, mean_row
 from copg_kernels.schedules.frozen_head import joined_rows
 from copg_kernels.schedules.recompute import Gradients, Needs
-from copg_kernels.schedules.tile_ops import counted_rows
-from copg_kernels.schedules.workspace import kept_bytes_per_token, kept_elements, slice_width
+from copg_kernels.schedules.tile_ops import counted_rows, pack_hidden
+from copg_kernels.schedules.workspace import kept_bytes_per_token, kept_elements, slice_width, tile_in
 
 
 class CompactChunk(NamedTuple):
@@ -93,21 +93,20 @@ def token_logps_bwd(
         hidden_states.new_empty((V, H) if needs.weight else (0,), dtype=summed),
         hidden_states.new_empty((V, 1) if needs.bias else (0,), dtype=torch.float32),
     )
-    precision = head_blocks(hidden_states.device, dtype).precision
+    precision = head_blocks(head.weight).precision
     for index, chunk in enumerate(chunks):
         counted = (labels[chunk.tokens] != ignore_index).float()
         # Whatever reaches an ignored token, NaN included, goes no further.
         scale = dlogps[chunk.tokens].float().where(counted != 0, 0.0) * -head.slope
         packed_scale = scale.index_select(0, chunk.rows.row_index)
         statistics_ = (per_token_logps[chunk.tokens], lse[:, chunk.tokens].contiguous())
-        part = _Products(
-            hidden_states[chunk.tokens], head, chunk, packed_scale, statistics_, precision, workspace_bytes
-        )
+        packed = pack_hidden(hidden_states[chunk.tokens], chunk.rows)
+        part = _Products(packed, head, chunk, packed_scale, statistics_, precision, workspace_bytes)
         if needs.hidden_states:
             dhidden = scale_rows(_hidden_product(part), chunk.rows.position, counted, dtype)
             gradients.hidden_states[chunk.tokens] = dhidden
         if needs.weight:
-            source = scale_counted(part.hidden_states, chunk.rows, packed_scale, dtype)
+            source = scale_packed(packed, packed_scale, dtype)
             _add_head_product(part, source, gradients.weight, add=index > 0)
         if needs.bias:
             _add_head_product(part, packed_scale.to(dtype).unsqueeze(1), gradients.bias, add=index > 0)
@@ -117,10 +116,10 @@ def token_logps_bwd(
 class _Products(NamedTuple):
     """What the products of a chunk are made of."""
 
-    hidden_states: Tensor
+    hidden_states: Tensor  # (R, H), packed, like
     head: Head
     chunk: CompactChunk
-    scale: Tensor  # (R,) of the packed rows
+    scale: Tensor  # (R,)
     statistics: tuple[Tensor, Tensor]  # per_token_logps, lse of the chunk's tokens
     precision: str
     workspace_bytes: int
@@ -151,16 +150,16 @@ def _add_head_product(part: _Products, source: Tensor, out: Tensor, *, add: bool
 def _exact_tiles(part: _Products, overflow: Tensor) -> Iterator[tuple[int, int, Tensor, Tensor]]:
     """Slices of the vocabulary, computed again if `overflow` is set: start, stop, tile, factor of its rows."""
     hidden_states, head, rows = part.hidden_states, part.head, part.chunk.rows
-    blocks = head_blocks(hidden_states.device, hidden_states.dtype)
+    blocks = head_blocks(head.weight)
     R, (V, H) = rows.row_index.numel(), head.weight.shape
     per_token_logps, lse = part.statistics
     only = overflow.expand(-(-R // blocks.BLOCK_N)).contiguous()
     factor = (-lse[1]).exp().index_select(0, rows.row_index)
     device, dtype = hidden_states.device, hidden_states.dtype
     width = slice_width(part.workspace_bytes, R, (V, H), dtype, device, "triton")
-    workspace = hidden_states.new_empty((R * width,))
+    workspace = hidden_states.new_empty((kept_elements(R, width, "triton"),))
     for start in range(0, V, width):
-        tile = workspace[: R * (min(start + width, V) - start)].view(R, -1)
+        tile = tile_in(workspace, R, min(start + width, V) - start, "triton")
         softmax_minus_label(hidden_states, head, rows, per_token_logps, lse, start, tile, only=only)
         yield start, start + tile.shape[1], tile, factor
 

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from copg_kernels.kernels.blocks import head_blocks
+from copg_kernels.kernels.blocks import vocab_block
 from copg_kernels.kernels.contrast import contrast_fwd, contrast_fwd_torch
 from copg_kernels.kernels.exp_tile import exp_tiles, exp_tiles_torch
 from copg_kernels.kernels.linear_logps_fwd import linear_logps_fwd, linear_logps_fwd_torch
 from copg_kernels.kernels.merge_splits import merge_splits_fwd, merge_splits_fwd_torch
 from copg_kernels.kernels.pack_rows import PackedRows, pack_rows
 from copg_kernels.kernels.place_labels import place_labels, place_labels_torch
-from copg_kernels.kernels.scale_rows import scale_counted, scale_counted_torch, scale_rows, scale_rows_torch
+from copg_kernels.kernels.scale_rows import scale_packed, scale_packed_torch, scale_rows, scale_rows_torch
 from copg_kernels.kernels.softmax_minus_label import softmax_minus_label, softmax_minus_label_torch
 from copg_kernels.kernels.token_entropy import token_entropy_fwd, token_entropy_fwd_torch
 
@@ -31,7 +31,7 @@ class TileOps(NamedTuple):
     place_labels: Callable
     softmax_minus_label: Callable
     scale_rows: Callable
-    scale_counted: Callable
+    scale_packed: Callable
 
 
 _TRITON = TileOps(
@@ -43,7 +43,7 @@ _TRITON = TileOps(
     place_labels,
     softmax_minus_label,
     scale_rows,
-    scale_counted,
+    scale_packed,
 )
 _TORCH = TileOps(
     linear_logps_fwd_torch,
@@ -54,7 +54,7 @@ _TORCH = TileOps(
     place_labels_torch,
     softmax_minus_label_torch,
     scale_rows_torch,
-    scale_counted_torch,
+    scale_packed_torch,
 )
 
 
@@ -86,16 +86,22 @@ def operand_dtype(dtype: torch.dtype, backend: str) -> torch.dtype:
 def counted_rows(hidden_states: Tensor, labels: Tensor, ignore_index: int, backend: str) -> tuple[Tensor, PackedRows]:
     """The rows as the backend's tile operations want them.
 
-    Kernels gather the counted rows themselves and read their number on the device; the twins get them packed.
+    Both get them packed. Kernels read their number on the device, the twins get these rows alone.
     """
+    rows = pack_rows(labels, ignore_index, exact=backend == "torch")
     if backend == "triton":
-        return hidden_states, pack_rows(labels, ignore_index, exact=False)
-    rows = pack_rows(labels, ignore_index, exact=True)
+        return pack_hidden(hidden_states, rows), rows
     if rows.row_index.numel() < labels.numel():
         hidden_states = hidden_states.index_select(0, rows.row_index)
     return hidden_states.to(accumulation_dtype(hidden_states.dtype)), rows
 
 
+def pack_hidden(hidden_states: Tensor, rows: PackedRows) -> Tensor:
+    """(T, H) -> (R, H) in packed order, 0 for the ignored rows at the end, whatever they hold."""
+    counted = torch.arange(rows.row_index.numel(), device=hidden_states.device) < rows.num_rows
+    return scale_rows(hidden_states, rows.row_index, counted.float(), hidden_states.dtype)
+
+
 def vocab_step(device: torch.device, dtype: torch.dtype, backend: str) -> int:
     """Slices of the vocabulary start at multiples of this."""
-    return head_blocks(device, dtype).BLOCK_V if backend == "triton" else 256
+    return vocab_block(device, dtype) if backend == "triton" else 256

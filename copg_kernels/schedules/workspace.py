@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from copg_kernels.kernels.blocks import SPLIT_TORCH
-from copg_kernels.kernels.exp_tile import row_stride
+from copg_kernels.kernels.head import row_stride
 from copg_kernels.schedules.tile_ops import accumulation_dtype, operand_dtype, vocab_step
 
 # On a GPU the exponentials of 4,067 bf16 tokens of a 128,256-entry vocabulary: by the traffic of dW, which each chunk
@@ -41,6 +42,12 @@ def kept_bytes_per_token(vocab_size: int, dtype: torch.dtype, device: torch.devi
 def kept_elements(num_tokens: int, vocab_size: int, backend: str) -> int:
     """Elements of the tile of so many tokens."""
     return num_tokens * (vocab_size if backend == "torch" else row_stride(vocab_size))
+
+
+def tile_in(workspace: Tensor, num_rows: int, width: int, backend: str) -> Tensor:
+    """(num_rows, width) at the start of the flat workspace, its rows as far apart as the backend wants them."""
+    stride = width if backend == "torch" else row_stride(width)
+    return workspace[: num_rows * stride].view(num_rows, stride)[:, :width]
 
 
 def least_workspace_bytes(
