@@ -1,9 +1,16 @@
-"""Results as pictures: time over the GEMM floor with peak memory, and time against memory."""
+"""Results as pictures: time over the GEMM floor with peak memory, and time against memory.
+
+python bench/plot.py results.json          what bench/run.py does at its end
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.loaders import OURS, OURS_SPARSE
 from bench.providers import FROZEN, LOG_PROBS, PASSES, TRAINABLE
@@ -93,3 +100,8 @@ def _colors(rows: list[dict[str, Any]]) -> list[str]:
 
 def _timed(table: dict[str, Any], pass_name: str) -> list[dict[str, Any]]:
     return [row for row in table["rows"] if row["pass"] == pass_name and row["seconds"] is not None]
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    print("\n".join(map(str, save_plots(json.loads(path.read_text())["tables"], path))))

@@ -12,7 +12,6 @@ bench/README.md says how to read it.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -26,13 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench import sparse
 from bench.fidelity import measure_fidelity
+from bench.files import write_json
 from bench.inputs import REGIMES, SHAPES
 from bench.loaders import LOADERS
 from bench.measure import Settings, measure_table, num_steps
 from bench.plot import save_plots
 from bench.provenance import ROOT, provenance
 from bench.providers import FROZEN, LOG_PROBS, TRAINABLE, UPSTREAM
-from bench.suites import CHOSEN, MAIN_PASSES, MINUTES, SUITES, Job
+from bench.suites import CHOSEN, FIDELITY, MAIN_PASSES, MINUTES, SUITES, Job, title
 from bench.summaries import summaries
 from bench.tables import plain
 from bench.timing import Rounds
@@ -55,18 +55,24 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results: dict[str, Any] = {"provenance": provenance(device), "suite": options.suite, "tables": [], "skipped": []}
     print(f"{results['provenance']['device']}, torch {torch.__version__}")
     measure_jobs(jobs(options), options, results)
-    if options.suite:
+    if options.suite and FIDELITY in (options.only or [FIDELITY]):
         results["fidelity"] = measure_fidelity(tuple(options.providers), device)
     for summary in summaries(results):
         print(f"\n{summary.plain()}")
     for name in results["skipped"]:
         print(f"\nskipped, the time was up: {name}")
-    save(results, options.json)
+    write_json(options.json, results)
+    print(f"\nwrote {options.json}")
+    if results["tables"] and not options.no_plots:
+        draw(results, options.json)
     return results
 
 
 def measure_jobs(chosen: list[Job], options: argparse.Namespace, results: dict[str, Any]) -> None:
-    """A suite starts no table that, taking as long as the one before it, would end too late."""
+    """A suite starts no table that, taking as long as the one before it, would end too late.
+
+    What is measured is in the file as soon as its table is done: a later one may take the process with it.
+    """
     start, last = time.perf_counter(), 0.0
     steps = [num_steps(settings_for(job, options)) for job in chosen]
     with tqdm(total=sum(steps), unit="step", leave=False) as bar:
@@ -78,12 +84,13 @@ def measure_jobs(chosen: list[Job], options: argparse.Namespace, results: dict[s
         for number, job in enumerate(chosen, 1):
             begin = time.perf_counter()
             if results["tables"] and begin - start + last > 60 * options.minutes:
-                results["skipped"].append(f"{job.about}, {job.shape.name} {job.regime} T={job.shape.num_tokens}")
+                results["skipped"].append(title(job))
                 continue
             table = {"about": job.about} | measure_table(job.shape, job.regime, settings_for(job, options), advance)
             # Rounds that the clock cut off and providers without a time leave steps over.
             bar.update(sum(steps[:number]) - bar.n)
             results["tables"].append(table)
+            write_json(options.json, results)
             last = time.perf_counter() - begin
             bar.write(f"\n{plain(table)}")
 
@@ -92,6 +99,8 @@ def jobs(options: argparse.Namespace) -> list[Job]:
     """The suite's tables, or a table for each combination of what was asked for."""
     if options.suite:
         chosen = SUITES[options.suite](torch.device(options.device))
+        if options.only:
+            chosen = [job for number, job in enumerate(chosen, 1) if str(number) in options.only]
         return [job._replace(providers=tuple(n for n in job.providers if n in options.providers)) for job in chosen]
     replaced = {
         field: value
@@ -122,6 +131,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--suite", choices=SUITES, help="default: quick, unless something below chooses the tables")
+    add("--only", nargs="+", metavar="PART", help=f"of a suite: numbers of its tables, from 1, and {FIDELITY}")
     add("--minutes", type=float, help="time for a suite's tables; default: 3 for quick, 9 for full")
     add("--shapes", nargs="+", choices=SHAPES, metavar="SHAPE", help=", ".join(SHAPES))
     add("--regimes", nargs="+", choices=(*REGIMES, "flat"))
@@ -137,6 +147,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--from-run", type=Path, metavar="DIR", help="what bench/sparse.py does with it; takes no option but --json")
     add("--json", type=Path, help="default: results.json (--from-run: sparse.json) in bench/results/local/")
+    add("--no-plots", action="store_true")
     options = parser.parse_args(argv)
     if options.from_run:
         others = [name for name, value in vars(options).items() if value != parser.get_default(name)]
@@ -149,6 +160,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--suite chooses its own {chosen[0].replace('_', '-')}")
     if not chosen:
         options.suite = options.suite or "quick"
+    elif options.only:
+        parser.error(f"--only chooses among a suite's tables, and --{chosen[0].replace('_', '-')} makes others")
     fill_in(options)
     return options
 
@@ -171,10 +184,7 @@ def positive(text: str) -> int:
     return value
 
 
-def save(results: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-    print(f"\nwrote {path}")
+def draw(results: dict[str, Any], path: Path) -> None:
     try:
         written = save_plots(results["tables"], path)
     except ImportError:

@@ -16,6 +16,7 @@ MAIN_PASSES = (LOG_PROBS, TRAINABLE, FROZEN)
 SCALING = "scaling"
 HEADS = "heads"
 CHOSEN = "chosen"
+FIDELITY = "fidelity"  # no table of timings: bench/fidelity.py
 
 
 class Job(NamedTuple):
@@ -52,6 +53,26 @@ def full(device: torch.device) -> list[Job]:
     ]
 
 
+def tiny(device: torch.device) -> list[Job]:
+    """Some tables of a GPU's full suite, in moments on any device: a rehearsal, whose times mean nothing."""
+    one_each = {job.about: job for job in full(torch.device("cuda"))}
+    chosen = (one_each[about] for about in (HEADS, "regimes", "ignored tokens"))
+    return [job._replace(shape=_shrunk(job.shape)) for job in chosen]
+
+
+def title(job: Job) -> str:
+    return f"{job.about}, {job.shape.name} {job.regime} T={job.shape.num_tokens}"
+
+
+def _shrunk(shape: Shape) -> Shape:
+    return shape._replace(
+        vocab_size=512,
+        hidden_size=32,
+        num_tokens=shape.num_tokens // 64,
+        completion_length=shape.completion_length // 64,
+    )
+
+
 def _heads(device: torch.device) -> tuple[Shape, ...]:
     return MODEL_SHAPES if device.type == "cuda" else CPU_SHAPES
 
@@ -72,5 +93,5 @@ def _growing(shape: Shape) -> list[Job]:
     ]
 
 
-SUITES = {"quick": quick, "full": full}
-MINUTES = {"quick": 3.0, "full": 9.0}
+SUITES = {"quick": quick, "full": full, "tiny": tiny}
+MINUTES = {"quick": 3.0, "full": 9.0, "tiny": 3.0}

@@ -1,6 +1,5 @@
 """Peers, suites and the scripts around the benchmark: what is refused, what is listed, and what each case is worth."""
 
-import datetime
 import json
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from bench import (
     checks,
     fidelity,
-    gpu_evidence,
     loaders,
     peers,
     provenance,
@@ -206,31 +204,7 @@ def test_report_shows_the_heads_and_all_on_request(monkeypatch):
     assert report.report(results, "").count("| provider |") == 2
 
 
-# Evidence and tuning
-
-
-def test_gpu_evidence_refuses_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="needs a CUDA GPU"):
-        gpu_evidence.main()
-
-
-def test_gpu_evidence_writes_tests_results_and_tables(monkeypatch, tmp_path):
-    pytest.importorskip("tqdm")
-    from bench import run
-
-    def fake_run(argv):
-        assert argv[:2] == ["--suite", "full"] and 0 < float(argv[3]) < 9
-        return {"provenance": provenance.provenance(CPU), "tables": []}
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_evidence, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_evidence, "device_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr(gpu_evidence, "run_tests", lambda log: log.write_text("1 failed") == 0)
-    monkeypatch.setattr(run, "main", fake_run)
-    assert gpu_evidence.main() == 1
-    folder = gpu_evidence.evidence_folder(tmp_path / "bench" / "results", "NVIDIA H200", datetime.date.today())
-    assert folder.name.startswith("nvidia-h200-") and {p.name for p in folder.iterdir()} == {"tests.txt", "tables.md"}
+# Tuning
 
 
 def test_tune_blocks_needs_a_gpu_and_leaves_the_table_alone(monkeypatch):
