@@ -1,10 +1,14 @@
 """Mixed precision as trainers do it: autocast around the model, a gradient scaler around the loss."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
 import pytest
 import torch
 from torch import nn
 
 from copg_kernels import linear_copg_loss, linear_logps, linear_sequence_loss, losses
+from copg_kernels.kernels.matmul import sums_in_full
 from tests.conftest import DEVICE
 from tests.numerics import assert_close
 
@@ -138,3 +142,48 @@ def test_scaling_saves_small_float16_gradients(loss_of, frozen_head):
     for gradient, in_float32, exact in zip(scaled, base, gold, strict=True):
         assert gradient.dtype == torch.float16
         assert_close(f"gradient of shape {tuple(exact.shape)}", gradient, in_float32, exact)
+
+
+REDUCTIONS = ["allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"]
+SPLITS = [f"{name}_split_k" for name in REDUCTIONS]
+
+
+def shortcuts(*names: str) -> list[bool]:
+    return [getattr(torch.backends.cuda.matmul, name) for name in names]
+
+
+@pytest.fixture
+def allowed():
+    """cuBLAS may add up in 16 bits: the reductions by torch's default, the accumulation because it is set here."""
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+    yield [*REDUCTIONS, "allow_fp16_accumulation"]
+    torch.backends.cuda.matmul.allow_fp16_accumulation = False
+
+
+def test_no_sum_of_a_product_is_cut_short(allowed, monkeypatch, backend):
+    seen, multiply, splits = [], torch.mm, shortcuts(*SPLITS)
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: (seen.append(shortcuts(*allowed)), multiply(*a, **k))[1])
+    x, w = (torch.randn(n, 16, device=DEVICE, dtype=torch.bfloat16).requires_grad_() for n in (8, 40))
+    operands = (x.view(4, 2, 16), w, torch.randint(40, (4, 2), device=DEVICE), *torch.randn(2, 4, device=DEVICE))
+    linear_copg_loss(*operands, beta=0.1, group_size=2, backend=backend).loss.backward()
+    assert seen and not any(any(settings) for settings in seen)
+    assert all(shortcuts(*allowed)) and shortcuts(*SPLITS) == splits
+
+
+def test_settings_come_back_with_the_last_thread(allowed):
+    """The second thread enters while the first is within, and stays longer."""
+    entered, first_left = Event(), Event()
+
+    def longer() -> None:
+        with sums_in_full():
+            entered.set()
+            first_left.wait(10)
+            assert not any(shortcuts(*allowed))
+
+    with ThreadPoolExecutor(1) as pool:
+        with sums_in_full():
+            future = pool.submit(longer)
+            assert entered.wait(10)
+        first_left.set()
+        future.result()
+    assert all(shortcuts(*allowed))

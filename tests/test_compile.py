@@ -1,57 +1,100 @@
-"""The compile gate: every kernel and block-table entry, for every target, with no GPU present."""
+"""The compile gate: what the operators launch, compiled for every target, with no GPU present."""
 
 import json
 import os
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 
 triton = pytest.importorskip("triton")
 
+ROOT = Path(__file__).resolve().parents[1]
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
-HEAD_KERNELS = ("linear_logps_fwd", "exp_tile", "softmax_minus_label")
+HEAD_KERNELS = {"linear_logps_fwd", "exp_tile", "softmax_minus_label"}
+PRODUCTS = {"gather_product", "dense_product"}
+OTHERS = {"scale_rows", "fold_tiles", "merge_splits", "token_entropy", "place_labels", "contrast", "count", "fill"}
+
+
+def run_without_interpreter(*arguments: str) -> str:
+    """In a process of its own, because the interpreter of the other tests replaces the compiler."""
+    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    variables["PYTHONPATH"] = str(ROOT)
+    result = subprocess.run([sys.executable, *arguments], env=variables, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> list[dict]:
-    """In a process of its own, because the interpreter of the other tests replaces the compiler."""
-    path = tmp_path_factory.mktemp("compile") / "rows.json"
-    variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.compile_report", "--json", str(path)]
-    result = subprocess.run(command, env=variables, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
+def report(tmp_path_factory) -> dict:
+    path = tmp_path_factory.mktemp("compile") / "report.json"
+    run_without_interpreter("-m", "tests.compile_report", "--json", str(path))
     return json.loads(path.read_text())
 
 
-SPARSE_KERNELS = ("count_significant", "fill_compact", "gather_product", "dense_product")
-
-
 def named(row: dict) -> str:
-    return "{kernel} {target} {dtype} {epilogue}".format(**row)
+    return "{kernel} {target} {element} ({arguments})".format(**row)
 
 
-def test_every_kernel_was_compiled_for_every_target(rows):
-    others = ("scale_rows", "fold_tiles", "merge_splits", "token_entropy", "place_labels", "contrast")
-    kernels = {*HEAD_KERNELS, *SPARSE_KERNELS, *others}
+def test_every_kernel_was_compiled_for_every_target(report):
+    kernels = HEAD_KERNELS | PRODUCTS | OTHERS
+    rows = report["rows"]
     assert {(row["target"], row["kernel"]) for row in rows} == {(t, k) for t in SHARED_LIMIT for k in kernels}
-    assert {row["dtype"] for row in rows if row["kernel"] in HEAD_KERNELS} == {
-        "float32",
-        "bfloat16",
-        "float16",
-    }
+    assert {row["element"] for row in rows if row["kernel"] in HEAD_KERNELS} == {"fp32", "bf16", "fp16"}
+    # Both ways to read operands, both directions of a compact tile, with and without a choice of row blocks.
+    known = " ".join(named(row) for row in rows if row["target"] == "sm_90")
+    for argument in ("USE_TMA", "EVEN_H", "ROWS_IN_BLOCKS", "HAS_BIAS", "ADD", "AVERAGE"):
+        assert f"{argument}=True" in known and f"{argument}=False" in known
+    softmax = [row["arguments"] for row in rows if row["kernel"] == "softmax_minus_label"]
+    assert {"only_ptr=None" in arguments for arguments in softmax} == {True, False}
 
 
-def test_no_spills(rows):
-    assert [f"{named(row)}: {row['spills']}" for row in rows if row["spills"]] == []
+def test_no_spills(report):
+    assert [f"{named(row)}: {row['spills']}" for row in report["rows"] if row["spills"]] == []
 
 
-def test_shared_memory_fits(rows):
-    assert [named(row) for row in rows if row["shared"] > SHARED_LIMIT[row["target"]]] == []
-    assert all(row["shared"] > 0 for row in rows if row["kernel"] in HEAD_KERNELS)
+def test_shared_memory_fits(report):
+    assert [named(row) for row in report["rows"] if row["shared"] > SHARED_LIMIT[row["target"]]] == []
+    assert all(row["shared"] > 0 for row in report["rows"] if row["kernel"] in HEAD_KERNELS)
 
 
-def test_matrix_instructions(rows):
-    """HGMMA on sm_90, tcgen05 on sm_100, HMMA and MFMA on the others: see compile_report.MATRIX_INSTRUCTION."""
-    multiply = (*HEAD_KERNELS, "gather_product", "dense_product")
-    assert [named(row) for row in rows if row["kernel"] in multiply and not row["matrix_instructions"]] == []
+def test_matrix_instructions(report):
+    """wgmma on sm_90, tcgen05 on sm_100, mma.sync and MFMA on the others."""
+    multiply = HEAD_KERNELS | PRODUCTS
+    assert [named(row) for row in report["rows"] if row["kernel"] in multiply and not row["matrix_instructions"]] == []
+
+
+def test_matrix_instructions_read_no_unfenced_copy(report):
+    assert [named(row) for row in report["rows"] if row["unfenced"]] == []
+
+
+def test_batches_of_any_size_run_the_same_compilation(report):
+    assert report["of_batches"] == []
+
+
+def test_a_kernel_that_spills_is_seen(tmp_path):
+    """The report reads spills from the size of a thread's stack: a kernel with too few registers has one."""
+    script = tmp_path / "spills.py"
+    script.write_text(
+        textwrap.dedent("""
+        import triton, triton.language as tl
+        from triton.compiler import ASTSource
+        from tests.compile_report import _read_nvidia
+        from tests.recording import TARGETS
+
+        @triton.jit
+        def rows(x_ptr, out_ptr, BLOCK: tl.constexpr):
+            x = tl.load(x_ptr + tl.arange(0, BLOCK))
+            tl.store(out_ptr + tl.arange(0, BLOCK), tl.sort(x) + x)
+
+        source = ASTSource(rows, dict(x_ptr="*fp32", out_ptr="*fp32", BLOCK="constexpr"), {(2,): 4096})
+        for registers in (32, 255):
+            options = dict(num_warps=4, maxnreg=registers)
+            compiled = triton.compile(source, target=TARGETS["sm_90"], options=options)
+            print(_read_nvidia(compiled)[1])
+        """)
+    )
+    few, enough = map(int, run_without_interpreter(str(script)).split())
+    assert few > 0 and enough == 0

@@ -60,9 +60,17 @@ def loss_and_gradients(function, batch: dict, **options):
     return loss.detach(), torch.autograd.grad(loss, (batch["hidden_states"], batch["lm_head_weight"]))
 
 
-@pytest.mark.parametrize("average_logps", [False, True], ids=["sum", "average"])
-@pytest.mark.parametrize("groups", [EQUAL, RAGGED], ids=["equal", "ragged"])
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+# 16 bits with every group and every sum, but not with every pair of them.
+LOSS_CASES = {
+    f"{dtype}-{'equal' if groups is EQUAL else 'ragged'}-{'average' if average else 'sum'}": (dtype, groups, average)
+    for dtype in KERNEL_DTYPES
+    for groups in (EQUAL, RAGGED)
+    for average in (False, True)
+    if dtype == torch.float32 or average == (groups is EQUAL)
+}
+
+
+@pytest.mark.parametrize(("dtype", "groups", "average_logps"), LOSS_CASES.values(), ids=LOSS_CASES)
 def test_linear_copg_loss(dtype, groups, average_logps, backend):
     batch, options = make_batch(dtype), dict(beta=0.3, average_logps=average_logps, **grouping(groups))
     if average_logps:

@@ -39,9 +39,8 @@ def trained(batch: tuple, weight: bool = True) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("sparse_eps", [None, 1e-9], ids=["exact", "sparse"])
 @pytest.mark.parametrize("frozen_head", [False, True], ids=["trainable", "frozen head"])
-@pytest.mark.parametrize("change", ["zero_", "clip"])
 @each_operator
-def test_a_second_backward_pass_after_the_first_was_used(operator, change, frozen_head, sparse_eps, backend):
+def test_a_second_backward_pass_after_the_first_was_used(operator, frozen_head, sparse_eps, backend):
     """Gradients belong to the caller, who clips and zeroes them; what waits for another pass stays as it was."""
     inputs = trained(batch(), weight=not frozen_head)
     leaves = [x for x in inputs if x.requires_grad]
@@ -49,12 +48,15 @@ def test_a_second_backward_pass_after_the_first_was_used(operator, change, froze
     loss.backward(retain_graph=True)
     once = [x.grad.clone() for x in leaves]
     for x in leaves:
-        x.grad.zero_() if change == "zero_" else torch.nn.utils.clip_grad_norm_([x], 1e-3)
-    before = [x.grad.clone() for x in leaves]
+        x.grad.zero_()
     loss.backward(retain_graph=True)
+    for x, first in zip(leaves, once, strict=True):
+        torch.testing.assert_close(x.grad, first)
+        torch.nn.utils.clip_grad_norm_([x], 1e-3)
+    clipped = [x.grad.clone() for x in leaves]
     loss.backward()
-    for x, first, left in zip(leaves, once, before, strict=True):
-        torch.testing.assert_close(x.grad, left + 2 * first)
+    for x, first, left in zip(leaves, once, clipped, strict=True):
+        torch.testing.assert_close(x.grad, left + first)
 
 
 @each_operator
@@ -147,7 +149,8 @@ def test_vmap_that_is_refused(backend):
 
 # A loss with tensors and a memory of its own.
 
-WIDE = 800  # a vocabulary of which a third of the tokens fills the smallest workspace
+# A vocabulary of which a third of the tokens fills the smallest workspace: one step of it for all of them.
+WIDE = {"torch": 800, "triton": 97}
 WAYS = [
     "one chunk",
     "chunks, declared",
@@ -164,13 +167,13 @@ def bound_for(way: str, backend: str) -> int | None:
         return None
     tokens = 2 * L if way != "a group too large" else 1
     least = least_workspace_bytes(N * L, H, torch.float32, DEVICE, backend)
-    return max(least, tokens * kept_bytes_per_token(WIDE, torch.float32, DEVICE, backend))
+    return max(least, tokens * kept_bytes_per_token(WIDE[backend], torch.float32, DEVICE, backend))
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_loss_with_a_baseline_that_learns(way, backend):
     """Its own gradient arrives, the loss is called with the log-probs of all completions, and once unless declared."""
-    x, w, *others = trained(batch(WIDE), weight="head" not in way)
+    x, w, *others = trained(batch(WIDE[backend]), weight="head" not in way)
     x.requires_grad_(way != "no head")
     baseline = torch.randn(N, device=DEVICE, requires_grad=True)
     seen = []
@@ -203,7 +206,7 @@ def test_a_loss_with_a_memory(backend):
         running.append(logps.mean().item())
         return ((logps - sum(running) / len(running)) * rewards).mean()
 
-    inputs = trained(batch(WIDE))
+    inputs = trained(batch(WIDE[backend]))
     workspace = bound_for("chunks", backend)
     for _ in range(2):
         output = linear_sequence_loss(
@@ -216,7 +219,7 @@ def test_a_loss_with_a_memory(backend):
 @pytest.mark.parametrize("way", ["one chunk", "chunks"])
 def test_a_loss_with_a_network_of_its_own_under_autocast(way, backend):
     """Its layers run in the caller's precision, whichever schedule calls it."""
-    inputs, head = trained(batch(WIDE)), torch.nn.Linear(1, 1, device=DEVICE)
+    inputs, head = trained(batch(WIDE[backend])), torch.nn.Linear(1, 1, device=DEVICE)
 
     def loss(logps, ref_logps, rewards, *, beta, group_size):
         values = head(rewards.unsqueeze(1))
@@ -231,7 +234,7 @@ def test_a_loss_with_a_network_of_its_own_under_autocast(way, backend):
 
 @pytest.mark.parametrize("way", ["one chunk", "chunks"])
 def test_a_loss_that_works_in_place(way, backend):
-    inputs = trained(batch(WIDE))
+    inputs = trained(batch(WIDE[backend]))
 
     def in_place(logps, ref_logps, rewards, *, beta, group_size):
         logps -= ref_logps
@@ -249,7 +252,7 @@ def test_a_loss_that_works_in_place(way, backend):
 
 def test_declared_through_partial(backend):
     """A loss of the package keeps its three units in chunks, whatever arguments are bound to it."""
-    inputs, workspace = trained(batch(WIDE)), bound_for("chunks", backend)
+    inputs, workspace = trained(batch(WIDE[backend])), bound_for("chunks", backend)
     loss = partial(losses.ppo_loss, old_logps=inputs[3])
     options = dict(beta=0.3, group_size=2, backend=backend, workspace_bytes=workspace)
     assert linear_sequence_loss(*inputs, loss=loss, **options).gemm_units == 3
@@ -258,7 +261,7 @@ def test_declared_through_partial(backend):
 
 @pytest.mark.parametrize("workspace", [None, "chunks"])
 def test_a_loss_that_forgets_the_log_probs(workspace, backend):
-    inputs = trained(batch(WIDE))
+    inputs = trained(batch(WIDE[backend]))
     own = torch.tensor(1.0, device=DEVICE, requires_grad=True)
     output = linear_sequence_loss(
         *inputs, loss=lambda *_, **__: own * 3, beta=0.3, group_size=2, backend=backend,

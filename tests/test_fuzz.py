@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Of --fuzz-cases, the share that each operator gets: kernels that are interpreted take a hundred times as long.
 SHARES = {"logps": 0.2, "copg": 0.5, "sequence": 0.3}
-DEFAULT_CASES = {"torch": 2000, "triton": 60}
+DEFAULT_CASES = {"torch": 1000, "triton": 40}
 
 
 def numbers(config: pytest.Config, kind: str, backend: str) -> range:

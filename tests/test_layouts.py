@@ -9,7 +9,7 @@ from copg_kernels import copg_loss, linear_copg_loss, linear_logps, linear_seque
 from tests.conftest import DEVICE
 from tests.fuzz import relayout
 
-N, L, H, V = 4, 3, 16, 97
+N, L, H, V = 4, 3, 16, 67
 LAYOUTS = ["slice", "columns", "transposed", "misaligned"]
 
 
@@ -61,6 +61,13 @@ def copg_without_gradients(batch: dict, **options):
 
 
 OPERATORS = [logps, copg, any_loss, copg_without_gradients]
+# Changed together: each operand of the head alone among those, and a tensor of the completions with it.
+TOGETHER = [
+    ("hidden_states", "ref_logps"),
+    ("lm_head_weight", "rewards"),
+    ("labels", "cu_seqlens"),
+    ("bias", "cu_groups"),
+]
 
 
 def outcome(operator, batch: dict, **options) -> list[torch.Tensor]:
@@ -72,14 +79,13 @@ def outcome(operator, batch: dict, **options) -> list[torch.Tensor]:
 @pytest.mark.parametrize("layout, sparse_eps", [*((layout, None) for layout in LAYOUTS), ("slice", 1e-9)], ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_each_argument_in_each_layout(operator, layout, sparse_eps, backend):
-    given = batch()
-    expected = outcome(operator, given, backend=backend, sparse_eps=sparse_eps)
-    for name in given:
-        changed = given | {name: laid_out(given[name], layout)}
-        for actual, exact in zip(
-            outcome(operator, changed, backend=backend, sparse_eps=sparse_eps), expected, strict=True
-        ):
-            torch.testing.assert_close(actual, exact, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    given, options = batch(), dict(backend=backend, sparse_eps=sparse_eps)
+    assert sorted(name for names in TOGETHER for name in names) == sorted(given)
+    expected = outcome(operator, given, **options)
+    for names in TOGETHER:
+        changed = given | {name: laid_out(given[name], layout) for name in names}
+        for actual, exact in zip(outcome(operator, changed, **options), expected, strict=True):
+            torch.testing.assert_close(actual, exact, rtol=1e-5, atol=1e-6, msg=lambda m, n=names: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("name", ["bias", "lm_head_weight", "hidden_states", "ref_logps", "rewards"])

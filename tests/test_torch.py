@@ -16,7 +16,7 @@ from copg_kernels import (
     sequence_logps,
 )
 from copg_kernels.ops import linear_copg_op, linear_logps_bwd_op, linear_logps_op
-from tests.conftest import DEVICE
+from tests.conftest import BACKENDS, DEVICE
 
 T, V, H = 24, 67, 16
 
@@ -40,7 +40,10 @@ def completions() -> tuple:
     return *torch.randn(2, 4, device=DEVICE), cu_seqlens, cu_groups
 
 
-@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
+# A bias that is None goes the same way to either backend.
+@pytest.mark.parametrize(
+    ("backend", "with_bias"), [*((backend, True) for backend in BACKENDS), ("torch", False)], ids=str
+)
 def test_opcheck(with_bias, backend):
     head = (0.9, 8.0, 1.25, -100, 2**20, backend)
     torch.library.opcheck(linear_logps_op, (*operands(with_bias), False, with_bias, *head))
@@ -92,11 +95,30 @@ def test_compiled_without_a_graph_break_equals_eager(program, backend):
     inputs = operands()
     leaves = [x for x in inputs if x.requires_grad]
     eager = function(*inputs)
-    compiled = torch.compile(function, fullgraph=True)(*inputs)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs)
     torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
-    gradients = zip(torch.autograd.grad(compiled, leaves), torch.autograd.grad(eager, leaves), strict=True)
-    for of_compiled, of_eager in gradients:
-        torch.testing.assert_close(of_compiled, of_eager, rtol=1e-4, atol=1e-6)
+    assert_close_gradients(torch.autograd.grad(compiled, leaves), torch.autograd.grad(eager, leaves))
+
+
+def assert_close_gradients(of_compiled, of_eager) -> None:
+    for pair in zip(of_compiled, of_eager, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-6)
+
+
+def test_inductor_equals_eager():
+    """All programs in one compilation, which takes seconds. Inductor's code is around the operators, which are the same
+    to it whatever they call inside."""
+    functions = tuple(programs("torch").values())
+    inputs = operands()
+    leaves = [x for x in inputs if x.requires_grad]
+
+    def values(*inputs):
+        return [function(*inputs) for function in functions]
+
+    eager, compiled = values(*inputs), torch.compile(values, fullgraph=True)(*inputs)
+    for pair in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-6)
+        assert_close_gradients(*(torch.autograd.grad(value, leaves, retain_graph=True) for value in pair))
 
 
 def test_compiled_code_still_refuses_values():

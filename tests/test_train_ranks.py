@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -53,12 +54,30 @@ def ranks(tmp_path_factory):
     ranks.stop()
 
 
+class Alone:
+    """Runs of one process, each made once, whatever it is compared with: known by their flags but for the folder.
+
+    A process of its own: in this one, where fresh memory is NaN, adapters draw other weights.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.made = folder, {}
+        self.process = Ranks(1, folder / "store")
+
+    def run(self, to_flags) -> Path:
+        """The folder of the run with the flags to_flags(folder)."""
+        key = tuple(to_flags(Path("out")))
+        if key not in self.made:
+            self.made[key] = self.folder / f"run{len(self.made)}"
+            assert_succeeds(self.process.run(command, to_flags(self.made[key])))
+        return self.made[key]
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A process of its own for the run in one: in this one, where fresh memory is NaN, adapters draw other weights."""
-    alone = Ranks(1, tmp_path_factory.mktemp("ranks") / "store")
+    alone = Alone(tmp_path_factory.mktemp("alone"))
     yield alone
-    alone.stop()
+    alone.process.stop()
 
 
 @pytest.fixture(scope="module")
@@ -106,20 +125,28 @@ def final_weights(out: Path) -> torch.Tensor:
     return torch.cat([tensor.flatten() for _, tensor in sorted(load_file(path).items())])
 
 
+def assert_same_curve(out: Path, other: Path) -> None:
+    """As far as `out` went."""
+    for name in ("loss", "grad_norm", "margin"):
+        expected = curve(out, name)
+        assert curve(other, name)[: len(expected)] == pytest.approx(expected, rel=2e-5, abs=2e-5), name
+
+
 def assert_same_run(out: Path, other: Path) -> None:
     """To the rounding of sums in another order, and what AdamW makes of it."""
-    for name in ("loss", "grad_norm", "margin"):
-        assert curve(other, name) == pytest.approx(curve(out, name), rel=2e-5, abs=2e-5), name
+    assert len(step_records(out)) == len(step_records(other))
+    assert_same_curve(out, other)
     mine, others = final_weights(out), final_weights(other)
     assert mine.shape == others.shape and (mine - others).abs().max() < 2e-5
 
 
-def assert_train_alike(both: tuple[Ranks, Ranks], to_flags, tmp_path: Path, two: tuple[str, ...]) -> None:
-    """`two` is what the run on two ranks is told besides."""
+def assert_train_alike(both: tuple[Alone, Ranks], to_flags, two: Path, more: tuple[str, ...]) -> Path:
+    """The folder `two` gets the run on two ranks, who are told `more` besides; returns that of the run in one."""
     alone, ranks = both
-    assert_succeeds(alone.run(command, to_flags(tmp_path / "one")))
-    assert_succeeds(ranks.run(command, to_flags(tmp_path / "two", *two)))
-    assert_same_run(tmp_path / "one", tmp_path / "two")
+    one = alone.run(to_flags)
+    assert_succeeds(ranks.run(command, to_flags(two, *more)))
+    assert_same_run(one, two)
+    return one
 
 
 # The same run
@@ -130,7 +157,7 @@ def test_ranks_train_as_one_process(tmp_path, both, ragged, way):
     """A tied head, a supervised warm-up and ragged groups of which one rank has more."""
 
     def flags(out, *more):
-        return tiny_arguments(ragged, out, "--lr", "1e-3", "--steps", "6", *more)
+        return tiny_arguments(ragged, out, "--lr", "1e-3", "--steps", "4", *more)
 
     assert_train_alike(both, flags, tmp_path, way)
 
@@ -140,14 +167,13 @@ def test_groups_may_be_split(tmp_path, both, triples, model, way):
     """An untied head, and one group of three for two ranks."""
 
     def flags(out, *more):
-        return arguments(model, triples, out, "--prompts-per-step", "1", "--steps", "6", *more)
+        return arguments(model, triples, out, "--prompts-per-step", "1", "--steps", "4", *more)
 
     assert_train_alike(both, flags, tmp_path, way)
 
 
-@each_way
-@pytest.mark.parametrize("micro_batch", ["2", "4"])
-def test_micro_batches_over_ranks(tmp_path, both, triples, model, micro_batch, way):
+@pytest.mark.parametrize(("way", "micro_batch"), [*zip(WAYS.values(), ("2", "4", "4", "2"), strict=True)], ids=WAYS)
+def test_micro_batches_over_ranks(tmp_path, both, triples, model, way, micro_batch):
     """Nine completions make five micro-batches of two, or three of four: one rank takes one more than the other."""
 
     def flags(out, *more):
@@ -156,9 +182,11 @@ def test_micro_batches_over_ranks(tmp_path, both, triples, model, micro_batch, w
     assert_train_alike(both, flags, tmp_path, ("--micro-batch", micro_batch, *way))
 
 
-@pytest.mark.parametrize("prompts", ["1", "3"])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("loss", "prompts"), [*((loss, "3") for loss in LOSSES), ("reinforce", "1"), ("ppo", "1")])
 def test_every_loss_over_ranks(tmp_path, both, triples, model, loss, prompts):
+    """Of whole groups on each rank, where the mean over them is to be the loss; and of a group that ranks share, where
+    a loss is a function of its log-probs whatever it is: those with numbers of their own besides."""
+
     def flags(out, *more):
         fixed = ("--loss", loss, "--prompts-per-step", prompts, "--average-logps", "--beta", "0.5", "--steps", "3")
         return arguments(model, triples, out, *fixed, *more)
@@ -170,7 +198,7 @@ def test_every_loss_over_ranks(tmp_path, both, triples, model, loss, prompts):
 @each_way
 def test_adapters_over_ranks(tmp_path, both, triples, model, way):
     def flags(out, *more):
-        return arguments(model, triples, out, "--lora-rank", "4", "--steps", "6", *more)
+        return arguments(model, triples, out, "--lora-rank", "4", "--steps", "4", *more)
 
     assert_train_alike(both, flags, tmp_path, way)
 
@@ -181,9 +209,9 @@ def test_options_over_ranks(tmp_path, both, triples, model, more, way):
     def flags(out, *way):
         return arguments(model, triples, out, "--steps", "4", *more, *way)
 
-    assert_train_alike(both, flags, tmp_path, way)
+    one = assert_train_alike(both, flags, tmp_path, way)
     if more[0] == "--sparse-eps":
-        assert curve(tmp_path / "two", "density") == pytest.approx(curve(tmp_path / "one", "density"), abs=1e-3)
+        assert curve(tmp_path, "density") == pytest.approx(curve(one, "density"), abs=1e-3)
 
 
 def test_bfloat16_over_ranks(tmp_path, ranks, triples, model):
@@ -233,25 +261,26 @@ def test_resume_is_bit_identical(tmp_path, ranks, ragged, way):
     def flags(out, steps, *more):
         return tiny_arguments(ragged, tmp_path / out, "--steps", steps, *way, *more)
 
-    assert_succeeds(ranks.run(command, flags("whole", "5")))
+    assert_succeeds(ranks.run(command, flags("whole", "4")))
     assert_succeeds(ranks.run(command, flags("halves", "2")))
-    assert_succeeds(ranks.run(command, flags("halves", "5", "--resume")))
+    assert_succeeds(ranks.run(command, flags("halves", "4", "--resume")))
     assert_same_checkpoint(tmp_path / "whole", tmp_path / "halves")
     assert step_records(tmp_path / "whole") == step_records(tmp_path / "halves")
 
 
 @each_way
-def test_a_run_may_change_its_ranks(tmp_path, ranks, ragged, way):
+def test_a_run_may_change_its_ranks(tmp_path, both, ragged, way):
     """The checkpoint does not tell on how many it was written."""
 
     def flags(out, steps, *more):
-        return tiny_arguments(ragged, tmp_path / out, "--lr", "1e-3", "--steps", steps, *more)
+        return tiny_arguments(ragged, out, "--lr", "1e-3", "--steps", steps, *more)
 
-    assert run.main(flags("one", "6")) == 0
-    assert run.main(flags("two", "2")) == 0
-    assert_succeeds(ranks.run(command, flags("two", "4", "--resume", *way)))
-    assert run.main(flags("two", "6", "--resume")) == 0
-    assert_same_run(tmp_path / "one", tmp_path / "two")
+    alone, ranks = both
+    one = alone.run(lambda out: flags(out, "6"))
+    assert run.main(flags(tmp_path, "2")) == 0
+    assert_succeeds(ranks.run(command, flags(tmp_path, "4", "--resume", *way)))
+    assert run.main(flags(tmp_path, "6", "--resume")) == 0
+    assert_same_run(one, tmp_path)
 
 
 # Online
@@ -284,8 +313,18 @@ def online(tmp_path, model):
     return flags
 
 
-@pytest.mark.parametrize("adapters", [(), pytest.param(("--lora-rank", "4"), marks=needs_peft)], ids=["whole", "LoRA"])
-@each_way
+LORA = ("--lora-rank", "4")
+
+
+@pytest.mark.parametrize(
+    ("way", "adapters"),
+    [
+        pytest.param(WAYS["ddp"], (), id="ddp-whole"),
+        pytest.param(WAYS["fsdp"], LORA, id="fsdp-LoRA", marks=needs_peft),
+        pytest.param(WAYS["ddp, vocabulary"], LORA, id="ddp, vocabulary-LoRA", marks=needs_peft),
+        pytest.param(WAYS["fsdp, vocabulary"], (), id="fsdp, vocabulary-whole"),
+    ],
+)
 def test_online_over_ranks(tmp_path, ranks, online, adapters, way):
     """Three prompts, of which one rank samples for two. The policy starts as the reference, and then leaves it."""
     flags = online("out", "low_bytes", "--steps", "2", *adapters, *way)
@@ -298,9 +337,9 @@ def test_online_over_ranks(tmp_path, ranks, online, adapters, way):
 
 def test_fewer_prompts_than_ranks_online(tmp_path, ranks, online):
     """A rank without prompts samples all the same, where shards are gathered, and its samples are not used."""
-    flags = online("out", "low_bytes", "--steps", "2", "--prompts-per-step", "1", "--parallel", "fsdp")
+    flags = online("out", "low_bytes", "--steps", "1", "--prompts-per-step", "1", "--parallel", "fsdp")
     assert_succeeds(ranks.run(command, flags, str(tmp_path)))
-    assert len(curve(tmp_path / "out", "loss")) == 2
+    assert len(curve(tmp_path / "out", "loss")) == 1
 
 
 def test_a_reward_function_that_fails_on_one_rank_ends_all(tmp_path, ranks, online):
@@ -381,15 +420,22 @@ def torchrun(*flags: str, restarts: int = 0) -> list[str]:
     return [*launcher, "--max-restarts", str(restarts), str(ROOT / "train" / "run.py"), *flags]
 
 
-def started(out: Path, flags: list[str], steps: int, restarts: int = 0) -> subprocess.Popen:
-    """The command, once it has logged so many steps."""
-    launched = torchrun(*flags, restarts=restarts)
-    process = subprocess.Popen(launched, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    log = out / "log.jsonl"
-    while not (log.exists() and sum('"step"' in line for line in log.read_text().splitlines()) >= steps):
+def logged(out: Path) -> list[list[int]]:
+    """The steps in the log, of each start of the run."""
+    log, starts = out / "log.jsonl", []
+    lines = log.read_text().split("\n")[:-1] if log.exists() else []  # a last one may be half written
+    for line in map(json.loads, lines):
+        if "config" in line:
+            starts.append([])
+        elif "step" in line:
+            starts[-1].append(line["step"])
+    return starts
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen) -> None:
+    while not happened():
         assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    return process
+        time.sleep(0.02)
 
 
 def workers(launcher: int) -> list[int]:
@@ -398,44 +444,34 @@ def workers(launcher: int) -> list[int]:
     return [int(child) for child in children]
 
 
-def test_torchrun_gives_the_curve_of_one_process(tmp_path, ragged):
-    flags = ("--lr", "1e-3", "--steps", "5")
-    subprocess.run(torchrun(*tiny_arguments(ragged, tmp_path / "two", *flags)), check=True, cwd=ROOT, timeout=120)
-    assert run.main(tiny_arguments(ragged, tmp_path / "one", *flags)) == 0
-    assert_same_run(tmp_path / "one", tmp_path / "two")
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks through /proc")
-def test_a_process_that_dies_ends_the_others_and_the_checkpoint_stands(tmp_path, ragged):
-    flags = tiny_arguments(ragged, tmp_path, "--steps", "100000", "--checkpoint-every", "3")
-    process = started(tmp_path, flags, 4)
+def test_torchrun(tmp_path, ragged):
+    """One run, as each start of its processes takes longer than all of its steps: one that dies ends the others, those
+    started in their place go on from the checkpoint, a signal to torchrun ends all of them with a checkpoint, one
+    process finishes the run, and the curve is that of a process which was left alone."""
+
+    def flags(out, steps, *more):
+        return tiny_arguments(ragged, out, "--lr", "1e-3", "--checkpoint-every", "3", "--steps", str(steps), *more)
+
+    one, two = tmp_path / "one", tmp_path / "two"
+    launched = torchrun(*flags(two, 100_000), restarts=1)
+    process = subprocess.Popen(launched, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    wait_until(lambda: any(4 in steps for steps in logged(two)), process)
     first, second = workers(process.pid)
     os.kill(second, signal.SIGKILL)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode != 0 and not Path(f"/proc/{first}").exists()
-    (folder,) = checkpoint.checkpoints(tmp_path)
-    step = checkpoint.load_state(folder)["step"]
-    assert step >= 3
-    flags[flags.index("100000")] = str(step + 2)
-    assert run.main([*flags, "--resume"]) == 0
-    assert [record["step"] for record in step_records(tmp_path)] == list(range(1, step + 3))
+    wait_until(lambda: len(logged(two)) == 2 and len(logged(two)[1]) >= 2, process)
+    assert not Path(f"/proc/{first}").exists()
+    kept, others = logged(two)
+    assert kept == list(range(1, kept[-1] + 1)) and kept[-1] % 3 == 0 and others[0] == kept[-1] + 1
 
-
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks through /proc")
-def test_restarted_processes_go_on_from_the_checkpoint(tmp_path, ragged):
-    flags = tiny_arguments(ragged, tmp_path, "--steps", "300", "--checkpoint-every", "3")
-    process = started(tmp_path, flags, 4, restarts=1)
-    os.kill(workers(process.pid)[1], signal.SIGKILL)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-    assert [record["step"] for record in step_records(tmp_path)] == list(range(1, 301))
-
-
-def test_a_signal_to_torchrun_ends_all_ranks_with_a_checkpoint(tmp_path, ragged):
-    flags = tiny_arguments(ragged, tmp_path, "--steps", "100000", "--checkpoint-every", "100000")
-    process = started(tmp_path, flags, 2)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines() if '"step"' in line]
-    (folder,) = checkpoint.checkpoints(tmp_path)
-    assert checkpoint.load_state(folder)["step"] == steps[-1] >= 2
+    (folder,) = checkpoint.checkpoints(two)
+    stopped_at = checkpoint.load_state(folder)["step"]
+    assert stopped_at == logged(two)[1][-1]
+
+    steps = max(10, stopped_at + 2)
+    assert run.main(flags(two, steps, "--resume")) == 0
+    assert [record["step"] for record in step_records(two)] == list(range(1, steps + 1))
+    assert run.main(flags(one, 10)) == 0
+    assert_same_curve(one, two)
