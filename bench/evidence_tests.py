@@ -14,6 +14,7 @@ from bench.provenance import ROOT
 # Those that run operators on tests.conftest.DEVICE. What the kernels compute comes first, then what is asked of them
 # beyond numbers, then what torch does with them; random calls fill whatever time there is.
 FILES = (
+    "tests/test_launches.py",
     "tests/test_kernels.py",
     "tests/test_linear_logps.py",
     "tests/test_copg.py",

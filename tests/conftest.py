@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from copg_kernels.kernels import blocks
 from copg_kernels.kernels.language import INTERPRETING, triton
 from tests import interpreter
 
@@ -30,11 +31,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fuzz-cases", type=int, help="random calls per backend in tests/test_fuzz.py; a minute's by default"
     )
+    parser.addoption("--blocks", help="interpret with the block table of another GPU, such as sm_90")
     parser.addoption("--fuzz-first", type=int, default=0, help="number of the first of them; each number is one case")
 
 
-def pytest_report_header() -> str:
-    mode = "interpreted" if INTERPRETING else "compiled"
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--blocks"):
+        assert INTERPRETING, "a GPU has its own blocks"
+        blocks.device_kind = lambda device: config.getoption("--blocks")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    mode = "compiled"
+    if INTERPRETING:
+        mode = f"interpreted with blocks of {config.getoption('--blocks') or 'the interpreter'}"
     return f"torch {torch.__version__} on {DEVICE}, triton {triton.__version__ if triton else None} ({mode})"
 
 

@@ -132,7 +132,8 @@ def test_padded_equals_packed(backend):
 
 
 def test_padding_changes_nothing(backend):
-    """Ragged completions padded with ignored tokens against the same ones packed."""
+    """Ragged completions padded with ignored tokens against the same ones packed: equal bits of what kernels compute,
+    and gradients up to the order in which a library sums the products of 17 rows and of 28."""
     lengths = [5, 3, 7, 2]
     batch = make_batch(lengths=lengths, H=24)
     batch["labels"].clamp_(min=0)
@@ -148,8 +149,8 @@ def test_padding_changes_nothing(backend):
     loss, (dpadded, padded_dweight) = loss_and_gradients(
         linear_copg_loss, padded, beta=0.3, group_size=2, backend=backend
     )
-    assert torch.equal(loss, packed_loss) and torch.equal(dweight, padded_dweight)
-    assert torch.equal(dpadded[padded_labels != -100], dpacked)
+    assert torch.equal(loss, packed_loss) and relative_error(padded_dweight, dweight) < 1e-6
+    assert relative_error(dpadded[padded_labels != -100], dpacked) < 1e-6
     assert (dpadded[padded_labels == -100] == 0).all()
 
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pkgutil
-from unittest import mock
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from copg_kernels import kernels
-from copg_kernels.kernels.language import INTERPRETING
+from copg_kernels.kernels.language import INTERPRETING, jit, tl
 from tests import calls
 from tests.calls import ALIGNED, EVEN, FULL, MULTIPLE, NARROW, ONE, ONE_MORE, PLAIN, PRIME, Call
 from tests.conftest import BACKENDS, DEVICE
 from tests.numerics import assert_close, assert_logps_close
 
 pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+interpreted = pytest.mark.skipif(not INTERPRETING, reason="audits interpreted launches")
+ROOT = Path(__file__).resolve().parents[1]
 
 BFLOAT16 = [
     *calls.calls([MULTIPLE], [torch.bfloat16], [PLAIN]),
@@ -42,7 +48,7 @@ def test_in_any_order_and_with_nothing_beside(call: Call):
 def audited():
     """On a GPU there is no order to choose and no page to take away."""
     if not INTERPRETING:
-        return mock.patch.dict({})
+        return contextlib.nullcontext()
     from tests import launches
 
     return launches.audited()
@@ -63,3 +69,62 @@ def test_every_kernel_is_among_the_calls_in_bfloat16(monkeypatch):
         with calls.room(call):
             calls.run(call, calls.operands(call, DEVICE), calls.completions(call, DEVICE), "triton")
     assert len(every) >= 12 and launched == set(every)
+
+
+@jit
+def _past_its_end_kernel(x_ptr, out_ptr):
+    tl.store(out_ptr + tl.program_id(0), tl.load(x_ptr + tl.program_id(0) + 1))
+
+
+@jit
+def _same_place_kernel(x_ptr, out_ptr):
+    tl.store(out_ptr, tl.load(x_ptr + tl.program_id(0)))
+
+
+@jit
+def _of_its_neighbour_kernel(x_ptr, out_ptr):
+    program = tl.program_id(0)
+    tl.store(out_ptr + program, tl.load(x_ptr + program) + tl.load(out_ptr + (program + 1) % 3))
+
+
+FAULTS = {
+    "element 3 of x_ptr": _past_its_end_kernel,
+    "two programs write to out_ptr": _same_place_kernel,
+    "a program reads what another writes in out_ptr": _of_its_neighbour_kernel,
+}
+
+
+@interpreted
+@pytest.mark.parametrize("message", FAULTS)
+def test_faults_that_the_audit_sees(message):
+    with pytest.raises(AssertionError, match=message), audited():
+        FAULTS[message][(3,)](torch.ones(3), torch.zeros(3))
+
+
+@interpreted
+@pytest.mark.parametrize("order", ["reversed", "permuted"])
+def test_another_order_shows_in_the_bits(order):
+    from tests import launches
+
+    found = []
+    for way in (contextlib.nullcontext(), launches._in_order(order)):
+        out = torch.zeros(3)
+        with way:
+            _of_its_neighbour_kernel[(3,)](torch.arange(3.0), out)
+        found.append(out)
+    assert not torch.equal(*found)
+
+
+@interpreted
+@pytest.mark.parametrize("at_end, element", [(True, 4), (False, -1)], ids=["after it", "before it"])
+def test_pages_beside_a_tensor_cannot_be_read(at_end, element):
+    script = f"""
+import ctypes, torch
+from tests.launches import _between_pages
+copy = _between_pages(torch.arange(4.0), {at_end})
+assert copy.tolist() == [0, 1, 2, 3]
+print("made", flush=True)
+ctypes.c_float.from_address(copy.data_ptr() + 4 * {element}).value
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout == "made\n" and run.returncode == -signal.SIGSEGV

@@ -194,6 +194,11 @@ def test_peak_memory_on_a_cpu():
         assert peak < 0.35 * eager
 
 
+# What torch gives cuBLAS on Hopper unless CUBLAS_WORKSPACE_CONFIG says otherwise, 8 MiB on others. It may be given once
+# more, for a stream or a library of cuBLAS that had none.
+CUBLAS_WORKSPACE = 32 * 2**20
+
+
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 def test_peak_memory_on_a_gpu():
     T, V, H = 4096, 128_256, 1024
@@ -204,11 +209,15 @@ def test_peak_memory_on_a_gpu():
         torch.arange(0, T + 1, 1024, device=DEVICE).int(),
     )
     numbers = torch.randn(2, 4, device=DEVICE)
+    # Compiled kernels and cuBLAS's workspace are there after the first call, and not the operator's.
+    linear_copg_loss(x, w, labels, *numbers, beta=0.1, group_size=2, cu_seqlens=cu_seqlens).loss.backward()
+    x.grad = w.grad = None
     with torch.no_grad():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         linear_logps(x, w, labels)
-        assert torch.cuda.max_memory_allocated() - before < 16 * 2**20 + 64 * T
+        packed_rows, statistics = T * H * 2, 64 * T
+        assert torch.cuda.max_memory_allocated() - before < packed_rows + statistics + 16 * 2**20
     kept = (T * H + V * H) * 2
     for workspace, units in ((128 * 2**20, 4), (1100 * 2**20, 3)):
         before = torch.cuda.memory_allocated()
@@ -219,5 +228,6 @@ def test_peak_memory_on_a_gpu():
         gradients = torch.autograd.grad(output.loss, (x, w))
         above = torch.cuda.max_memory_allocated() - before - sum(g.numel() * 2 for g in gradients)
         assert output.gemm_units == units
-        assert above < max(workspace + T * H * (2 + 4), kept) + 32 * 2**20
+        rows = T * H * (2 + 2 + 4)  # packed, scaled, and their gradient in float32
+        assert above < max(workspace + rows, kept) + CUBLAS_WORKSPACE
         del output, gradients
