@@ -14,6 +14,7 @@ import torch
 from bench.accuracy import exact
 from bench.checks import Checked, check, load_providers
 from bench.inputs import Shape, make_inputs
+from bench.measure import finite
 from bench.memory import unweighed
 from bench.providers import TRAINABLE
 
@@ -34,6 +35,6 @@ def measure_fidelity(providers: tuple[str, ...], device: torch.device, shape: Sh
 
 
 def _row(checked: Checked) -> dict[str, Any]:
-    errors = {f"{name}_error": value for name, value in checked.errors._asdict().items()}
-    measured = checked.errors.logps is not None
-    return {"provider": checked.provider, "status": "measured" if measured else checked.status, **errors}
+    errors = {f"{name}_error": finite(value) for name, value in checked.errors._asdict().items()}
+    status = "measured" if errors["logps_error"] is not None else checked.status
+    return {"provider": checked.provider, "status": status, **errors}

@@ -106,13 +106,13 @@ def _row(checked: Checked, timing: Timing | None, floor: Floor) -> dict[str, Any
         "pass": checked.pass_name,
         "status": checked.status,
         "seconds": timing.median if timing else None,
-        "spread": _finite(timing.spread if timing else None),
+        "spread": finite(timing.spread if timing else None),
         "units": units,
         "over_floor": timing.median / floor.of(units) if timing and units else None,
         "peak_bytes": checked.peak_bytes,
-        **{f"{name}_error": _finite(value) for name, value in checked.errors._asdict().items()},
+        **{f"{name}_error": finite(value) for name, value in checked.errors._asdict().items()},
     }
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None

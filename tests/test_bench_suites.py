@@ -238,3 +238,10 @@ def test_tune_workspace_prints_ratios_and_a_winner(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert winner in (1, 64) and "64 MiB: loss+gradients 1.000, frozen head 1.000" in printed
     assert json.dumps(winner) + " MiB" in printed
+
+
+def test_a_fidelity_that_is_no_number_is_a_row_and_not_the_end_of_the_file():
+    broken = checks.Checked("peer", "log-probs", "wrong numbers: logps", checks.Errors(logps=float("nan")))
+    row = fidelity._row(broken)
+    assert row["status"] == "wrong numbers: logps" and row["logps_error"] is None
+    json.dumps(row, allow_nan=False)

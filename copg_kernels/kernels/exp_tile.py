@@ -91,7 +91,6 @@ def _exp_tile_kernel(
         return
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_rows
-    label = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1).to(tl.int32)
 
     # 2. The streaming forward pass's logits and maximum.
     parts = head_logits(
@@ -99,6 +98,8 @@ def _exp_tile_kernel(
         logit_scale, inv_softcap, inv_temperature,
         HAS_BIAS, HAS_CAP, USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
     )  # fmt: skip
+    # Not before the GEMM, through which it would hold registers that are not there.
+    label = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1).to(tl.int32)
     tile_max = tile_maximum(parts)
     reference = tl.load(reference_ptr + offs_n, mask=mask_n, other=0.0)
     factor = tl.where(mask_n, tl.exp(tl.minimum(tile_max - reference, _LARGEST_EXPONENT)), 0.0)
@@ -115,9 +116,9 @@ def _exp_tile_kernel(
         if tile_weighted_ptr is not None:
             # log e is z - tile_max once more: keeping z beside the cap's derivative costs registers that spill.
             tile_weighted += tl.sum(exps * tl.log(tl.maximum(exps, 1e-37)), 1)
-        if HAS_CAP:
-            exps *= cap_slope(parts[part], inv_softcap, inv_temperature)
         value = exps * factor[:, None]
+        if HAS_CAP:
+            value *= cap_slope(parts[part], inv_softcap, inv_temperature)
         store_part(tile, value, pid_n * BLOCK_N, start_v, R, padded_width, stride_tile, USE_TMA)
     offset = pid_v.to(tl.int64) * R + offs_n
     tl.store(tile_max_ptr + offset, tile_max, mask=mask_n)
