@@ -31,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fuzz-cases", type=int, help="random calls per backend in tests/test_fuzz.py; a minute's by default"
     )
+    parser.addoption("--audit-launches", action="store_true", help="audit every interpreted launch: tests/launches.py")
     parser.addoption("--blocks", help="interpret with the block table of another GPU, such as sm_90")
     parser.addoption("--fuzz-first", type=int, default=0, help="number of the first of them; each number is one case")
 
@@ -65,6 +66,24 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def seed_from_test_name(request):
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def audited_launches():
+    """Programs in any order, and nothing readable beside their tensors, where kernels are interpreted."""
+    if not INTERPRETING:
+        yield
+        return
+    from tests import launches
+
+    with launches.audited():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def audited_if_asked_for(request):
+    if request.config.getoption("--audit-launches"):
+        request.getfixturevalue("audited_launches")
 
 
 @pytest.fixture(autouse=True)

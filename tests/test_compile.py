@@ -45,7 +45,7 @@ def test_every_kernel_was_compiled_for_every_target(report):
     assert {row["element"] for row in rows if row["kernel"] in HEAD_KERNELS} == {"fp32", "bf16", "fp16"}
     # Both ways to read operands, both directions of a compact tile, with and without a choice of row blocks.
     known = " ".join(named(row) for row in rows if row["target"] == "sm_90")
-    for argument in ("USE_TMA", "EVEN_H", "ROWS_IN_BLOCKS", "HAS_BIAS", "ADD", "AVERAGE"):
+    for argument in ("USE_TMA", "EVEN_H", "ROWS_IN_BLOCKS", "HAS_CAP", "ADD", "AVERAGE"):
         assert f"{argument}=True" in known and f"{argument}=False" in known
     softmax = [row["arguments"] for row in rows if row["kernel"] == "softmax_minus_label"]
     assert {"only_ptr=None" in arguments for arguments in softmax} == {True, False}

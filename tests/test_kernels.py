@@ -12,7 +12,10 @@ from copg_kernels.schedules.workspace import kept_elements, tile_in
 from tests.conftest import BACKENDS, DEVICE
 from tests.numerics import relative_error
 
-pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
+pytestmark = [
+    pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton"),
+    pytest.mark.usefixtures("audited_launches"),
+]
 
 T, H = 37, 40
 WIDTH = 64  # of the twin's slices

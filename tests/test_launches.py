@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import pkgutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -34,24 +34,15 @@ ON_A_GPU = [*calls.calls([EVEN], [torch.float32, torch.bfloat16, torch.float16],
 
 
 @pytest.mark.parametrize("call", BFLOAT16 + OTHERS + (ON_A_GPU if DEVICE.type == "cuda" else []), ids=str)
-def test_in_any_order_and_with_nothing_beside(call: Call):
+def test_in_any_order_and_with_nothing_beside(call: Call, audited_launches):
     inputs, batch = calls.operands(call, DEVICE), calls.completions(call, DEVICE)
-    with calls.room(call), audited():
+    with calls.room(call):
         outcome = calls.run(call, inputs, batch, "triton")
     gold, base = (calls.reference(call, inputs, batch, dtype) for dtype in (torch.float64, torch.float32))
     for name, value in outcome.values.items():
         assert_logps_close(name, value, base.values[name], gold.values[name], largest_logit=10.0)
     for name, gradient in outcome.gradients.items():
         assert_close(name, gradient, base.gradients[name], gold.gradients[name], few_terms=True)
-
-
-def audited():
-    """On a GPU there is no order to choose and no page to take away."""
-    if not INTERPRETING:
-        return contextlib.nullcontext()
-    from tests import launches
-
-    return launches.audited()
 
 
 def test_every_kernel_is_among_the_calls_in_bfloat16(monkeypatch):
@@ -97,7 +88,9 @@ FAULTS = {
 @interpreted
 @pytest.mark.parametrize("message", FAULTS)
 def test_faults_that_the_audit_sees(message):
-    with pytest.raises(AssertionError, match=message), audited():
+    from tests import launches
+
+    with pytest.raises(AssertionError, match=message), launches.audited():
         FAULTS[message][(3,)](torch.ones(3), torch.zeros(3))
 
 
@@ -107,7 +100,7 @@ def test_another_order_shows_in_the_bits(order):
     from tests import launches
 
     found = []
-    for way in (contextlib.nullcontext(), launches._in_order(order)):
+    for way in (nullcontext(), launches._in_order(order)):
         out = torch.zeros(3)
         with way:
             _of_its_neighbour_kernel[(3,)](torch.arange(3.0), out)

@@ -35,14 +35,16 @@ class Blocks(NamedTuple):
     use_tma: bool
     precision: str
     """`input_precision` of tl.dot: tf32x3 keeps float32 products on NVIDIA's tensor cores at float32 accuracy."""
+    bias_on_acc: bool = False
+    """Whether a bias is added to the accumulator as a whole, or to its parts: as it comes out without spills."""
     max_registers: int | None = None
     """Per thread, where the assembler, left alone, aims at an occupancy that it has to spill for."""
 
 
 BLOCKS: dict[tuple[str, int], Blocks] = {
-    ("sm_80", 2): Blocks(128, 128, 64, 8, 3, 32, False, "ieee"),
+    ("sm_80", 2): Blocks(128, 128, 64, 8, 3, 32, False, "ieee", bias_on_acc=True),
     ("sm_80", 4): Blocks(64, 64, 32, 4, 3, 64, False, "tf32x3", max_registers=255),
-    ("sm_90", 2): Blocks(256, 128, 64, 8, 3, 32, True, "ieee"),
+    ("sm_90", 2): Blocks(256, 128, 64, 8, 3, 32, True, "ieee", bias_on_acc=True),
     ("sm_90", 4): Blocks(64, 64, 32, 4, 3, 64, False, "tf32x3"),
     # Smaller than on sm_90, and with the deeper BLOCK_H: 256 x 128, and 64 with more stages, spill here.
     ("sm_100", 2): Blocks(128, 128, 128, 8, 2, 32, True, "ieee", max_registers=255),
@@ -60,7 +62,9 @@ BLOCKS: dict[tuple[str, int], Blocks] = {
 # For heads whose rows are no multiples of 16 elements, or overlap: each element is loaded by itself, and its address
 # takes the registers of a larger tile. Such heads are rare, and not fast.
 IRREGULAR: dict[tuple[str, int], Blocks] = {
-    (kind, itemsize): Blocks(64, 64, 16, 4, 1, 64, False, blocks.precision, None if kind == "gfx942" else 255)
+    (kind, itemsize): Blocks(
+        64, 64, 16, 4, 1, 64, False, blocks.precision, max_registers=None if kind == "gfx942" else 255
+    )
     for (kind, itemsize), blocks in BLOCKS.items()
 } | {("interpreter", itemsize): Blocks(16, 32, 32, 1, 1, 2, False, "ieee") for itemsize in (2, 4)}
 

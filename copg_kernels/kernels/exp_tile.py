@@ -67,7 +67,7 @@ def _exp_tile_kernel(
     logit_scale,
     inv_softcap,
     inv_temperature,
-    HAS_BIAS: tl.constexpr,
+    BIAS_ON_ACC: tl.constexpr,
     HAS_CAP: tl.constexpr,
     USE_TMA: tl.constexpr,
     EVEN_H: tl.constexpr,
@@ -96,7 +96,7 @@ def _exp_tile_kernel(
     parts = head_logits(
         hidden, pid_n * BLOCK_N, weight, bias_ptr, pid_v, R, V, H, stride_weight,
         logit_scale, inv_softcap, inv_temperature,
-        HAS_BIAS, HAS_CAP, USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
+        BIAS_ON_ACC, HAS_CAP, USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
     )  # fmt: skip
     # Not before the GEMM, through which it would hold registers that are not there.
     label = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1).to(tl.int32)

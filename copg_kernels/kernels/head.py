@@ -38,7 +38,7 @@ def head_logits(
     hidden,  # (R, H), packed: a tensor descriptor, or a pointer
     start_n,  # first of the tile's rows
     weight,  # (V, H): a tensor descriptor, or a pointer
-    bias_ptr,  # (V,)
+    bias_ptr,  # (V,), or None
     tile,  # vocabulary tile index
     R,
     V,
@@ -47,7 +47,7 @@ def head_logits(
     logit_scale,
     inv_softcap,
     inv_temperature,
-    HAS_BIAS: tl.constexpr,
+    BIAS_ON_ACC: tl.constexpr,
     HAS_CAP: tl.constexpr,
     USE_TMA: tl.constexpr,
     EVEN_H: tl.constexpr,
@@ -77,9 +77,7 @@ def head_logits(
             x = tl.load(hidden + offs_x[:, None] + columns, mask=columns < H, other=0.0)
             w = tl.load(weight + offs_w[:, None] + columns, mask=columns < H, other=0.0)
         acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
-    # A bias is added to a wide accumulator as a whole and to others in parts: as it comes out without spills.
-    BIAS_ON_ACC: tl.constexpr = HAS_BIAS and BLOCK_N * BLOCK_V > 128 * 128
-    BIAS_ON_PART: tl.constexpr = HAS_BIAS and not BIAS_ON_ACC
+    BIAS_ON_PART: tl.constexpr = bias_ptr is not None and not BIAS_ON_ACC
     if BIAS_ON_ACC:
         offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         acc += tl.load(bias_ptr + tl.minimum(offs_v, V - 1)).to(tl.float32)[None, :]
@@ -170,7 +168,7 @@ def tile_arguments(hidden_states: Tensor, head: Head, blocks: Blocks) -> dict:
         logit_scale=float(head.logit_scale),
         inv_softcap=0.0 if head.softcap is None else 1.0 / head.softcap,
         inv_temperature=1.0 / head.temperature,
-        HAS_BIAS=head.bias is not None,
+        BIAS_ON_ACC=head.bias is not None and blocks.bias_on_acc,
         HAS_CAP=head.softcap is not None,
         USE_TMA=blocks.use_tma,
         EVEN_H=blocks.use_tma or H % blocks.BLOCK_H == 0,

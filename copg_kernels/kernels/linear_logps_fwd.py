@@ -53,7 +53,7 @@ def _linear_logps_fwd_kernel(
     inv_temperature,
     GROUP_N: tl.constexpr,
     TILES_PER_SPLIT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    BIAS_ON_ACC: tl.constexpr,
     HAS_CAP: tl.constexpr,
     USE_TMA: tl.constexpr,
     EVEN_H: tl.constexpr,
@@ -84,7 +84,7 @@ def _linear_logps_fwd_kernel(
         parts = head_logits(
             hidden, pid_n * BLOCK_N, weight, bias_ptr, tile, R, V, H, stride_weight,
             logit_scale, inv_softcap, inv_temperature,
-            HAS_BIAS, HAS_CAP, USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
+            BIAS_ON_ACC, HAS_CAP, USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
         )  # fmt: skip
         tile_max = tile_maximum(parts)
         tile_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)

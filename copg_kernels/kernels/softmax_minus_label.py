@@ -55,7 +55,7 @@ def _softmax_minus_label_kernel(
     inv_temperature,
     tile_scale,
     first_tile,
-    HAS_BIAS: tl.constexpr,
+    BIAS_ON_ACC: tl.constexpr,
     HAS_CAP: tl.constexpr,
     USE_TMA: tl.constexpr,
     EVEN_H: tl.constexpr,
@@ -94,7 +94,7 @@ def _softmax_minus_label_kernel(
     parts = head_logits(
         hidden, pid_n * BLOCK_N, weight, bias_ptr, first_tile + pid_v, R, V, H, stride_weight,
         logit_scale, inv_softcap, inv_temperature,
-        HAS_BIAS, HAS_CAP, USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
+        BIAS_ON_ACC, HAS_CAP, USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
     )  # fmt: skip
     for part in tl.static_range(len(parts)):
         z = parts[part]
