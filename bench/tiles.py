@@ -13,7 +13,7 @@ from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.row_statistics import Partials
 from copg_kernels.schedules.forward import forward_width
 from copg_kernels.schedules.tile_ops import TileOps, counted_rows, tile_ops
-from copg_kernels.schedules.workspace import default_workspace_bytes, kept_elements, slice_width
+from copg_kernels.schedules.workspace import default_workspace_bytes, kept_elements, slice_width, tile_in
 
 
 class Tiles(NamedTuple):
@@ -40,7 +40,8 @@ class Tiles(NamedTuple):
         dtype, device = self.hidden_states.dtype, self.hidden_states.device
         budget = default_workspace_bytes(self.backend)
         width = slice_width(budget, num_rows, (vocab_size, hidden_size), dtype, device, self.backend)
-        return self.hidden_states.new_empty((num_rows, width))
+        workspace = self.hidden_states.new_empty((kept_elements(num_rows, width, self.backend),))
+        return tile_in(workspace, num_rows, width, self.backend)
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from bench.inputs import Shape
+from bench.tiles import make_tiles
 from copg_kernels.kernels.blocks import head_blocks
 from copg_kernels.kernels.contrast import Completions
 from copg_kernels.kernels.head import Head
@@ -131,3 +133,14 @@ def test_scale_rows():
         assert torch.equal(tile_ops(backend).scale_rows(source, index, scale, torch.float32), expected)
         halves = tile_ops(backend).scale_rows(source, index, scale, torch.float16)
         assert torch.equal(halves, expected.half())
+
+
+def test_the_tile_that_is_timed_is_one_that_kernels_can_write():
+    found = []
+    for backend in BACKENDS:
+        tiles = make_tiles(Shape("", 97, 16, 20, 10), torch.float32, DEVICE, backend)
+        token_logps, lse = tiles.ops.merge_splits_fwd(tiles.forward(), tiles.rows)
+        out = tiles.gradient_tile()
+        tiles.ops.softmax_minus_label(tiles.hidden_states, tiles.head, tiles.rows, token_logps, lse, 0, out)
+        found.append(out[: tiles.rows.num_rows])
+    assert all(relative_error(tile, found[0]) < 1e-5 for tile in found)
