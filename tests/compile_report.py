@@ -144,14 +144,13 @@ def compile_all(targets: list[str], everything: bool, workers: int = 2) -> list[
         return list(pool.map(compile_variant, cases, chunksize=4))
 
 
-def variants_of_batches(target: str, shapes: int = 20) -> list[str]:
-    """What batches of so many random sizes compile beyond the first one."""
+def variants_of_batches(target: str, V: int, H: int, batches: int = 20) -> list[str]:
+    """What batches of random sizes compile beyond the first one."""
     first: set[tuple] | None = None
     others: set[tuple] = set()
     generator = torch.Generator().manual_seed(0)
-    V, H = 272, 128
     weight = torch.randn(V, H, dtype=torch.bfloat16)
-    for _ in range(shapes):
+    for _ in range(batches):
         lengths = torch.randint(1, 40, (2 * int(torch.randint(1, 6, (), generator=generator)),), generator=generator)
         T = int(lengths.sum())
         hidden_states = torch.randn(T, H, dtype=torch.bfloat16).requires_grad_()
@@ -181,7 +180,8 @@ def main() -> None:
     targets = arguments.targets.split(",")
     rows = compile_all(targets, arguments.all)
     if arguments.json:
-        result = dict(rows=[row._asdict() for row in rows], of_batches=variants_of_batches(targets[0]))
+        of_batches = [name for head in ((272, 128), (275, 31)) for name in variants_of_batches(targets[0], *head)]
+        result = dict(rows=[row._asdict() for row in rows], of_batches=of_batches)
         arguments.json.write_text(json.dumps(result))
         return
     print(f"triton {triton.__version__}: {len(rows)} compilations")
