@@ -3,9 +3,10 @@
     python -m tests.compile_report [--targets sm_90,...] [--all] [--json FILE]
 
 The cases are the launches of tests/calls.py, recorded: see tests/recording.py. One row per compilation: registers,
-spills in bytes per thread, shared memory, which matrix instruction was chosen, and unfenced copies. --all takes minutes
-per target. Without it float16, the plain epilogue and hidden sizes that are no multiple of the blocks are compiled for
-sm_90 alone. tests/test_compile.py asserts on the same rows.
+spills in bytes per thread, shared memory, which matrix instruction was chosen, and unfenced copies.
+
+--all takes minutes per target. Without it float32 is compiled for sm_80 and sm_90 alone, and float16, the plain
+epilogue and a hidden size that is no multiple of 16 for sm_90. tests/test_compile.py asserts on the same rows.
 """
 
 from __future__ import annotations
@@ -64,9 +65,14 @@ def calls_for(target: str, everything: bool) -> list[Call]:
         shapes = [EVEN, MULTIPLE, PRIME, ONE, ONE_MORE, ALIGNED]
         single = calls.calls([EVEN], [torch.bfloat16], [dict(bias=True), dict(softcap=6.0)])
         return [*calls.calls(shapes, DTYPES, [PLAIN, FULL]), *single]
+    chosen = [*calls.calls([EVEN], [torch.bfloat16], [FULL])]
+    if target in ("sm_80", "sm_90"):
+        chosen += calls.calls([EVEN], [torch.float32], [FULL])
     if target == "sm_90":
-        return [*calls.calls([EVEN], DTYPES, [PLAIN, FULL]), *calls.calls([PRIME], DTYPES[:2], [FULL])]
-    return [*calls.calls([EVEN], DTYPES[:2], [FULL])]
+        chosen += calls.calls([EVEN], [torch.bfloat16], [PLAIN])
+        chosen += calls.calls([EVEN], [torch.float16], [FULL], ["logps", "entropy"])
+        chosen += calls.calls([PRIME], [torch.bfloat16], [FULL])
+    return chosen
 
 
 @cache
