@@ -106,7 +106,8 @@ def _traced() -> Iterator[list[Access]]:
         def wrapper(self, pointers, *rest, **options):
             (x, y, z), (_, ny, nz) = self.grid_idx, self.grid_dim
             program = (x * ny + y) * nz + z
-            accesses.append(Access(program, pointers.data[rest[mask_at].data.astype(bool)].ravel(), is_store))
+            mask = np.asarray(rest[mask_at].data, dtype=bool)
+            accesses.append(Access(program, pointers.data[mask].ravel(), is_store))
             return method(self, pointers, *rest, **options)
 
         return wrapper

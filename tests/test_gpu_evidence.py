@@ -351,7 +351,8 @@ def test_the_page_is_true_after_every_part_and_says_rehearsal(monkeypatch, tmp_p
     final = (tmp_path / "new" / "summary.md").read_text()
     origin = provenance.provenance(CPU)
     assert final.startswith("# REHEARSAL") and "1 of 4 parts did not pass, 0 of them not run" in final
-    assert all(text in final for text in (origin["source_sha256"], origin["device"], f"torch {torch.__version__}"))
+    torch_version = f"torch {origin['versions']['torch']}"
+    assert all(text in final for text in (origin["source_sha256"], origin["device"], torch_version))
     assert "- command: `" in final and "- date: " in final and "test_gpu_evidence.py" in final
     assert final in capsys.readouterr().out
     left = {path.name for path in (tmp_path / "new").iterdir()}
