@@ -31,8 +31,6 @@ from tests import calls
 from tests.calls import ALIGNED, EVEN, FULL, MULTIPLE, ONE, ONE_MORE, PLAIN, PRIME, Call
 from tests.recording import TARGETS, Variant, recorded
 
-# Bytes of shared memory one block can have (CUDA programming guide, technical specifications; CDNA 3 LDS).
-SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
 # What a matrix product compiles to, in PTX or AMD's assembly: warp-group and tcgen05 instructions where there are any.
 MATRIX_INSTRUCTION = {
     "sm_80": r"mma\.sync",

@@ -12,6 +12,7 @@ import pytest
 triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[1]
+# Bytes of shared memory one block can have (CUDA programming guide, technical specifications; CDNA 3 LDS).
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
 HEAD_KERNELS = {"linear_logps_fwd", "exp_tile", "softmax_minus_label"}
 PRODUCTS = {"gather_product", "dense_product"}
