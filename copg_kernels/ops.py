@@ -13,6 +13,7 @@ from copg_kernels import checks
 from copg_kernels.kernels.contrast import Completions
 from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.matmul import sums_in_full
+from copg_kernels.kernels.scale_gradient import scale_gradient_
 from copg_kernels.schedules import closed_groups, forward, recompute
 from copg_kernels.schedules import frozen_head as frozen
 from copg_kernels.schedules.chunks import Batch
@@ -243,7 +244,7 @@ def _(
 
 def _linear_copg_setup(ctx, inputs, output):
     hidden_states, needs = inputs[0], inputs[11]
-    ctx.needs, ctx.num_inputs, ctx.dtype = needs, len(inputs), hidden_states.dtype
+    ctx.needs, ctx.num_inputs, ctx.dtype, ctx.backend = needs, len(inputs), hidden_states.dtype, inputs[-1]
     _, *others = output
     *_, dhidden, dweight, dbias, _, _ = others
     ctx.mark_non_differentiable(*others)
@@ -261,7 +262,7 @@ def _linear_copg_backward(ctx, dloss, *_):
             "linear_copg_loss was called where it could not see which of its inputs require gradients (torch.func.vmap "
             "within torch.compile), and computed none"
         )
-    gradients = scaled_once(ctx.saved_tensors, dloss)
+    gradients = scaled_once(ctx.saved_tensors, dloss, ctx.backend)
     dhidden, dweight, dbias = (
         gradient.to(ctx.dtype) if need else None for gradient, need in zip(gradients, ctx.needs, strict=True)
     )
@@ -271,16 +272,22 @@ def _linear_copg_backward(ctx, dloss, *_):
 linear_copg_op.register_autograd(_linear_copg_backward, setup_context=_linear_copg_setup)
 
 
-def scaled_once(gradients: Sequence[Tensor], dloss: Tensor) -> list[Tensor]:
-    """Gradients that waited for the backward pass, times the loss's own: new tensors, as the caller may write to them.
+def scaled_once(gradients: Sequence[Tensor], dloss: Tensor, backend: str) -> list[Tensor]:
+    """Gradients that waited for the backward pass, times the loss's own, which nearly always is 1.
 
-    The waiting ones themselves where nobody will ask for them again: dloss is 1 and the graph is not kept. On a GPU it
-    would cost a wait to find out what dloss is.
+    In place where nobody will ask for them again, as the graph is not kept: the head's is the largest tensor there is.
     """
-    is_plain = type(dloss) is Tensor and not dloss.is_cuda and not torch.compiler.is_compiling()
-    if is_plain and dloss.item() == 1.0 and not torch._C._autograd._get_current_graph_task_keep_graph():
-        return list(gradients)
-    return [gradient * dloss for gradient in gradients]
+    if type(dloss) is not Tensor or torch.compiler.is_compiling() or _graph_is_kept():
+        return [gradient * dloss for gradient in gradients]
+    if backend == "triton":
+        with torch.cuda.device_of(dloss):
+            return [scale_gradient_(gradient, dloss) for gradient in gradients]
+    is_one = not dloss.is_cuda and dloss.item() == 1.0
+    return [gradient if is_one else gradient.mul_(dloss) for gradient in gradients]
+
+
+def _graph_is_kept() -> bool:
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def gemm_units(units: int, like: Tensor) -> Tensor:

@@ -190,7 +190,8 @@ def _in_closed_groups(
         if len(chunks) > 1 and not slopes.agree_with(contrasted.coefficients):
             return None
     wanted = [(x, gradient) for x, gradient, need in zip(inputs, gradients, needs, strict=True) if need]
-    value = _KnownGradients.apply(slopes.value, [gradient for _, gradient in wanted], *(x for x, _ in wanted))
+    gradients_of = [gradient for _, gradient in wanted]
+    value = _KnownGradients.apply(slopes.value, backend, gradients_of, *(x for x, _ in wanted))
     token_entropy = None if entropy_shape is None else contrasted.entropy.view(entropy_shape)
     numbers = (completions.ref_logps, completions.rewards, completions.beta)
     units = 1 + needs.hidden_states + needs.weight
@@ -247,16 +248,17 @@ class _KnownGradients(torch.autograd.Function):
     """value, with gradients that are there already, and those of what else it was computed from."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, backend: str, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*gradients)
+        ctx.backend = backend
         ctx.like = [(x.shape, x.dtype) for x in inputs]
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, dvalue: Tensor) -> tuple:
         refuse_second_derivative()
-        pairs = zip(scaled_once(ctx.saved_tensors, dvalue), ctx.like, strict=True)
-        return dvalue, None, *(gradient.to(dtype).view(shape) for gradient, (shape, dtype) in pairs)
+        pairs = zip(scaled_once(ctx.saved_tensors, dvalue, ctx.backend), ctx.like, strict=True)
+        return dvalue, None, None, *(gradient.to(dtype).view(shape) for gradient, (shape, dtype) in pairs)
 
 
 def _output(

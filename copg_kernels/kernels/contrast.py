@@ -1,6 +1,6 @@
-"""From partial row statistics to the CoPG loss in one launch, one program per group of completions.
+"""From token log-probabilities to the CoPG loss in one launch, one program per group of completions.
 
-    logp_t  (merged splits)  ->  logps_i = sum or mean over the completion's counted tokens, summed in float64
+    logps_i = sum or mean of logp_t over the completion's counted tokens, summed in float64
     A_i     = rewards_i - beta * (logps_i - ref_logps_i)
     loss_g  = Var_unbiased(A) / (2 beta)
     coefficients_i = dloss / dlogp_t for every counted token t of completion i
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from copg_kernels.kernels.language import NO_FUSION, jit, tl
-from copg_kernels.kernels.merge_splits import merge_splits, merge_splits_fwd_torch
+from copg_kernels.kernels.merge_splits import merge_splits_fwd, merge_splits_fwd_torch
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.row_statistics import Partials
 from copg_kernels.kernels.token_entropy import token_entropy_fwd, token_entropy_fwd_torch
@@ -65,9 +65,7 @@ def _regularized(logps, ref_logps, rewards, beta):
 
 @jit
 def _contrast_kernel(
-    partial_max_ptr,  # (S, R) float32
-    partial_sum_ptr,  # (S, R) float32
-    label_logits_ptr,  # (R,) float32
+    per_token_logps_ptr,  # (T,) float32
     position_ptr,  # (T,) int64
     num_rows_ptr,  # (1,) int64
     cu_seqlens_ptr,  # (N + 1,) int32
@@ -79,11 +77,6 @@ def _contrast_kernel(
     regularized_rewards_ptr,  # (N,) float32, out
     log_ratios_ptr,  # (N,) float32, out
     coefficients_ptr,  # (N,) float32, out
-    per_token_logps_ptr,  # (T,) float32, out
-    lse_ptr,  # (2, T) float32, out
-    T,
-    R,
-    num_splits,
     num_groups,
     beta,
     beta_rest,  # what a float32 leaves of beta
@@ -98,7 +91,7 @@ def _contrast_kernel(
     k = (last - first).to(tl.float64)
     wide_beta = tl.cast(beta, tl.float64) + tl.cast(beta_rest, tl.float64)
 
-    # 1. Token log-probs, their sum, and the regularised reward of each completion.
+    # 1. The sum of each completion's log-probs, and its regularised reward.
     mean_reward = tl.zeros((), dtype=tl.float64)
     for i in range(first, last):
         end = tl.load(cu_seqlens_ptr + i + 1)
@@ -107,16 +100,10 @@ def _contrast_kernel(
         for start in range(tl.load(cu_seqlens_ptr + i), end, BLOCK_T):
             offs_t = start + tl.arange(0, BLOCK_T)
             mask_t = offs_t < end
-            position = tl.load(position_ptr + offs_t, mask=mask_t, other=0)
-            counted = mask_t & (position < num_rows)
-            logp, lse, residual = merge_splits(
-                partial_max_ptr, partial_sum_ptr, label_logits_ptr, position, counted, R, num_splits
-            )
-            tl.store(per_token_logps_ptr + offs_t, logp, mask=mask_t)
-            tl.store(lse_ptr + offs_t, lse, mask=mask_t)
-            tl.store(lse_ptr + tl.cast(T, tl.int64) + offs_t, residual, mask=mask_t)
-            token_sums += logp.to(tl.float64)
-            token_counts += counted.to(tl.int32)
+            token_sums += tl.load(per_token_logps_ptr + offs_t, mask=mask_t, other=0.0).to(tl.float64)
+            if AVERAGE:
+                position = tl.load(position_ptr + offs_t, mask=mask_t, other=0)
+                token_counts += (mask_t & (position < num_rows)).to(tl.int32)
         logps = tl.sum(token_sums, 0)
         per_token = 1.0
         if AVERAGE:
@@ -164,17 +151,16 @@ def launch_options(hip: bool) -> dict[str, int]:
 def contrast_fwd(partials: Partials, rows: PackedRows, completions: Completions) -> Contrast:
     """Partials (S, R) of (T,) tokens in (N,) completions of (G,) groups -> loss, coefficients, log-probs."""
     new = partials.max.new_empty
-    T, (num_splits, R) = rows.position.numel(), partials.max.shape
+    per_token_logps, lse = merge_splits_fwd(partials, rows)
     N, G = completions.rewards.numel(), completions.cu_groups.numel() - 1
     group_losses = new((G,), dtype=torch.float64)
     beta = ctypes.c_float(completions.beta).value
     logps, regularized_rewards, log_ratios, coefficients = (new((N,)) for _ in range(4))
-    per_token_logps, lse = new((T,)), new((2, T))
     _contrast_kernel[(G,)](
-        partials.max, partials.sum, partials.label_logits, rows.position, rows.num_rows,
+        per_token_logps, rows.position, rows.num_rows,
         completions.cu_seqlens, completions.cu_groups, completions.ref_logps, completions.rewards,
-        group_losses, logps, regularized_rewards, log_ratios, coefficients, per_token_logps, lse,
-        T, R, num_splits, completions.num_groups, beta, completions.beta - beta,
+        group_losses, logps, regularized_rewards, log_ratios, coefficients,
+        completions.num_groups, beta, completions.beta - beta,
         AVERAGE=completions.average, BLOCK_T=BLOCK_T, BLOCK_K=BLOCK_K, **launch_options(torch.version.hip is not None),
     )  # fmt: skip
     return Contrast(

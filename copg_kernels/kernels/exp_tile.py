@@ -26,15 +26,23 @@ from copg_kernels.kernels.head import (
     finish_torch,
     head_logits,
     logits_tile_torch,
+    lowest_logit,
     out_arguments,
     padded,
     row_stride,
     store_part,
     tile_arguments,
 )
-from copg_kernels.kernels.language import jit, tl, triton
+from copg_kernels.kernels.language import LN_2, jit, tl, triton
 from copg_kernels.kernels.pack_rows import PackedRows
-from copg_kernels.kernels.row_statistics import Partials, exponentials, tile_maximum
+from copg_kernels.kernels.row_statistics import (
+    Partials,
+    exponentials,
+    holds_label,
+    take_out_label,
+    tile_maximum,
+    weighted_terms,
+)
 
 # The largest of so many logits serves as reference.
 REFERENCE_COLUMNS = 64
@@ -68,8 +76,10 @@ def _exp_tile_kernel(
     inv_softcap,
     inv_temperature,
     BIAS_ON_ACC: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_CAP: tl.constexpr,
     USE_TMA: tl.constexpr,
+    EVEN_V: tl.constexpr,
     EVEN_H: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -96,37 +106,39 @@ def _exp_tile_kernel(
     parts = head_logits(
         hidden, pid_n * BLOCK_N, weight, bias_ptr, pid_v, R, V, H, stride_weight,
         logit_scale, inv_softcap, inv_temperature,
-        BIAS_ON_ACC, HAS_CAP, USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
+        BIAS_ON_ACC, HAS_SCALE, HAS_CAP, USE_TMA, EVEN_V, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
     )  # fmt: skip
     # Not before the GEMM, through which it would hold registers that are not there.
     label = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1).to(tl.int32)
     tile_max = tile_maximum(parts)
     reference = tl.load(reference_ptr + offs_n, mask=mask_n, other=0.0)
     factor = tl.where(mask_n, tl.exp(tl.minimum(tile_max - reference, _LARGEST_EXPONENT)), 0.0)
+    lowest = lowest_logit(inv_softcap, inv_temperature, HAS_CAP)
+    has_label = holds_label(label, pid_v * BLOCK_V, BLOCK_V)
+    label_logit = tl.zeros((BLOCK_N,), dtype=tl.float32)
 
     # 3. Its sums, and the exponentials themselves, relative to the row's reference.
-    tile_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    tile_weighted = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    label_logit = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    sums = tl.zeros((BLOCK_N, BLOCK_V // 4), dtype=tl.float32)
+    weighted = tl.zeros((BLOCK_N, BLOCK_V // 4), dtype=tl.float32)
     for part in tl.static_range(len(parts)):
         start_v = pid_v * BLOCK_V + part * (BLOCK_V // len(parts))
-        exps, part_sum, at_label = exponentials(parts[part], start_v, label, tile_max)
-        tile_sum += part_sum
+        z, at_label = take_out_label(parts[part], has_label, label, start_v, lowest)
         label_logit += at_label
+        exps, distance = exponentials(z, tile_max)
+        sums += exps
         if tile_weighted_ptr is not None:
-            # log e is z - tile_max once more: keeping z beside the cap's derivative costs registers that spill.
-            tile_weighted += tl.sum(exps * tl.log(tl.maximum(exps, 1e-37)), 1)
+            weighted += weighted_terms(exps, distance)
         value = exps * factor[:, None]
         if HAS_CAP:
-            value *= cap_slope(parts[part], inv_softcap, inv_temperature)
+            value *= cap_slope(z, inv_softcap, inv_temperature)
         store_part(tile, value, pid_n * BLOCK_N, start_v, R, padded_width, stride_tile, USE_TMA)
     offset = pid_v.to(tl.int64) * R + offs_n
     tl.store(tile_max_ptr + offset, tile_max, mask=mask_n)
-    tl.store(tile_sum_ptr + offset, tile_sum, mask=mask_n)
+    tl.store(tile_sum_ptr + offset, tl.sum(sums, 1), mask=mask_n)
     if tile_weighted_ptr is not None:
-        tl.store(tile_weighted_ptr + offset, tile_weighted, mask=mask_n)
-    holds_label = (label >= pid_v * BLOCK_V) & (label < (pid_v + 1) * BLOCK_V)
-    tl.store(label_logits_ptr + offs_n, label_logit, mask=mask_n & holds_label)
+        tl.store(tile_weighted_ptr + offset, tl.sum(weighted, 1) * LN_2, mask=mask_n)
+    is_here = (label >= pid_v * BLOCK_V) & (label < (pid_v + 1) * BLOCK_V)
+    tl.store(label_logits_ptr + offs_n, label_logit, mask=mask_n & is_here)
 
 
 class ScaledTile(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from copg_kernels.kernels.blocks import Blocks
-from copg_kernels.kernels.language import NO_FUSION, TensorDescriptor, jit, tl
+from copg_kernels.kernels.language import LOG2_E, NO_FUSION, TensorDescriptor, jit, tl
 
 
 class Head(NamedTuple):
@@ -48,8 +48,10 @@ def head_logits(
     inv_softcap,
     inv_temperature,
     BIAS_ON_ACC: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_CAP: tl.constexpr,
     USE_TMA: tl.constexpr,
+    EVEN_V: tl.constexpr,
     EVEN_H: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -85,10 +87,48 @@ def head_logits(
     part0, part1 = tl.split(tl.permute(tl.reshape(left, (BLOCK_N, 2, BLOCK_V // 4)), (0, 2, 1)))
     part2, part3 = tl.split(tl.permute(tl.reshape(right, (BLOCK_N, 2, BLOCK_V // 4)), (0, 2, 1)))
     start, step = tile * BLOCK_V, BLOCK_V // 4
-    z0 = _finish(part0, bias_ptr, start, V, logit_scale, inv_softcap, inv_temperature, BIAS_ON_PART, HAS_CAP)
-    z1 = _finish(part1, bias_ptr, start + step, V, logit_scale, inv_softcap, inv_temperature, BIAS_ON_PART, HAS_CAP)
-    z2 = _finish(part2, bias_ptr, start + 2 * step, V, logit_scale, inv_softcap, inv_temperature, BIAS_ON_PART, HAS_CAP)
-    z3 = _finish(part3, bias_ptr, start + 3 * step, V, logit_scale, inv_softcap, inv_temperature, BIAS_ON_PART, HAS_CAP)
+    z0 = _finish(
+        part0, bias_ptr, start, V, logit_scale, inv_softcap, inv_temperature, BIAS_ON_PART, HAS_SCALE, HAS_CAP, EVEN_V
+    )
+    z1 = _finish(
+        part1,
+        bias_ptr,
+        start + step,
+        V,
+        logit_scale,
+        inv_softcap,
+        inv_temperature,
+        BIAS_ON_PART,
+        HAS_SCALE,
+        HAS_CAP,
+        EVEN_V,
+    )
+    z2 = _finish(
+        part2,
+        bias_ptr,
+        start + 2 * step,
+        V,
+        logit_scale,
+        inv_softcap,
+        inv_temperature,
+        BIAS_ON_PART,
+        HAS_SCALE,
+        HAS_CAP,
+        EVEN_V,
+    )
+    z3 = _finish(
+        part3,
+        bias_ptr,
+        start + 3 * step,
+        V,
+        logit_scale,
+        inv_softcap,
+        inv_temperature,
+        BIAS_ON_PART,
+        HAS_SCALE,
+        HAS_CAP,
+        EVEN_V,
+    )
     return z0, z1, z2, z3
 
 
@@ -102,22 +142,33 @@ def _finish(
     inv_softcap,
     inv_temperature,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    EVEN_V: tl.constexpr,
 ):
     """Product -> z; past V so low that exp(z) = 0."""
     offs_c = tl.arange(0, product.shape[1])
+    z = product
     if HAS_BIAS:
-        product += tl.load(bias_ptr + start_v + offs_c, mask=offs_c < V - start_v, other=0.0).to(tl.float32)[None, :]
+        z += tl.load(bias_ptr + start_v + offs_c, mask=offs_c < V - start_v, other=0.0).to(tl.float32)[None, :]
     if HAS_CAP:
         # tanh(u) = 1 - 2 / (exp(2u) + 1): exp(2u) = inf gives 1, and 0 gives -1.
-        tanh = 1.0 - 2.0 / (tl.exp(product * (2.0 * logit_scale * inv_softcap)) + 1.0)
+        tanh = 1.0 - 2.0 / (tl.exp2(z * (2.0 * LOG2_E * logit_scale * inv_softcap)) + 1.0)
         z = tanh * (inv_temperature / inv_softcap)
-        # Finite: the exponential of -inf is 0, the cap's derivative there infinite, and their product NaN.
-        lowest = -1e15 * (inv_temperature / inv_softcap)
-    else:
-        z = product * (logit_scale * inv_temperature)
-        lowest = float("-inf")
-    return tl.where((offs_c < V - start_v)[None, :], z, lowest)
+    elif HAS_SCALE:
+        z *= logit_scale * inv_temperature
+    if not EVEN_V:
+        z = tl.where((offs_c < V - start_v)[None, :], z, lowest_logit(inv_softcap, inv_temperature, HAS_CAP))
+    return z
+
+
+@jit
+def lowest_logit(inv_softcap, inv_temperature, HAS_CAP: tl.constexpr):
+    """What stands for a logit whose exponential is 0.
+
+    It is finite under a cap: the exponential of -inf is 0, the cap's derivative there infinite, and their product NaN.
+    """
+    return -1e15 * (inv_temperature / inv_softcap) if HAS_CAP else float("-inf")
 
 
 @jit
@@ -169,8 +220,10 @@ def tile_arguments(hidden_states: Tensor, head: Head, blocks: Blocks) -> dict:
         inv_softcap=0.0 if head.softcap is None else 1.0 / head.softcap,
         inv_temperature=1.0 / head.temperature,
         BIAS_ON_ACC=head.bias is not None and blocks.bias_on_acc,
+        HAS_SCALE=head.slope != 1.0,
         HAS_CAP=head.softcap is not None,
         USE_TMA=blocks.use_tma,
+        EVEN_V=V % blocks.BLOCK_V == 0,
         EVEN_H=blocks.use_tma or H % blocks.BLOCK_H == 0,
         PRECISION=blocks.precision,
         BLOCK_N=blocks.BLOCK_N,

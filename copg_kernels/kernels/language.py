@@ -16,11 +16,14 @@ except ImportError:  # macOS and Windows have no wheel
     triton = TensorDescriptor = None
 
 
-__all__ = ["FENCES_COPIES", "INTERPRETING", "NO_FUSION", "TensorDescriptor", "jit", "tl", "triton"]
+__all__ = ["FENCES_COPIES", "INTERPRETING", "LN_2", "LOG2_E", "NO_FUSION", "TensorDescriptor", "jit", "tl", "triton"]
 
 # No fused multiply-add at the compiler's choice: it would make the bits of a number depend on the kernel and on the
 # version of Triton.
 NO_FUSION = dict(enable_fp_fusion=False)
+
+# exp(x) = exp2(x * LOG2_E) with the hardware's exp2: tl.exp would also keep results that are no normal float32.
+LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
 # Read once: Triton decides at import which kind of function `jit` makes.
 INTERPRETING = triton is not None and triton.knobs.runtime.interpret
@@ -34,7 +37,7 @@ FENCES_COPIES = triton is not None and tuple(map(int, triton.__version__.split("
 # those to matrices are read in vectors that matter.
 _INTEGERS_OF_A_BATCH = {
     "T", "R", "V", "num_groups", "num_splits", "num_tiles", "first_tile",
-    "num_members", "num_entries", "num_list_tiles", "capacity",
+    "num_members", "num_entries", "num_elements", "num_list_tiles", "capacity",
 }  # fmt: skip
 _MATRICES = {"source_ptr", "out_ptr", "tile_ptr", "values_ptr"}
 

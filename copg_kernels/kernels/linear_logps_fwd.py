@@ -19,17 +19,19 @@ from torch import Tensor
 
 from copg_kernels.kernels.blocks import GROUP_N, head_blocks
 from copg_kernels.kernels.exp_tile import exp_tile_torch
-from copg_kernels.kernels.head import Head, head_logits, tile_arguments
-from copg_kernels.kernels.language import jit, tl, triton
+from copg_kernels.kernels.head import Head, head_logits, lowest_logit, tile_arguments
+from copg_kernels.kernels.language import LN_2, jit, tl, triton
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.row_statistics import (
     LOWEST,
     Partials,
     exponentials,
+    holds_label,
     merge_statistics,
     merge_weighted,
+    take_out_label,
     tile_maximum,
-    weighted_sum,
+    weighted_terms,
 )
 
 
@@ -54,8 +56,10 @@ def _linear_logps_fwd_kernel(
     GROUP_N: tl.constexpr,
     TILES_PER_SPLIT: tl.constexpr,
     BIAS_ON_ACC: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_CAP: tl.constexpr,
     USE_TMA: tl.constexpr,
+    EVEN_V: tl.constexpr,
     EVEN_H: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -84,19 +88,24 @@ def _linear_logps_fwd_kernel(
         parts = head_logits(
             hidden, pid_n * BLOCK_N, weight, bias_ptr, tile, R, V, H, stride_weight,
             logit_scale, inv_softcap, inv_temperature,
-            BIAS_ON_ACC, HAS_CAP, USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
+            BIAS_ON_ACC, HAS_SCALE, HAS_CAP, USE_TMA, EVEN_V, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
         )  # fmt: skip
         tile_max = tile_maximum(parts)
-        tile_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
-        tile_weighted = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        lowest = lowest_logit(inv_softcap, inv_temperature, HAS_CAP)
+        has_label = holds_label(label, tile * BLOCK_V, BLOCK_V)
+        sums = tl.zeros((BLOCK_N, BLOCK_V // 4), dtype=tl.float32)
+        weighted = tl.zeros((BLOCK_N, BLOCK_V // 4), dtype=tl.float32)
         for part in tl.static_range(len(parts)):
             start_v = tile * BLOCK_V + part * (BLOCK_V // len(parts))
-            exps, part_sum, at_label = exponentials(parts[part], start_v, label, tile_max)
-            tile_sum += part_sum
+            z, at_label = take_out_label(parts[part], has_label, label, start_v, lowest)
             label_logit += at_label
+            exps, distance = exponentials(z, tile_max)
+            sums += exps
             if partial_weighted_ptr is not None:
-                tile_weighted += weighted_sum(parts[part], exps, tile_max)
+                weighted += weighted_terms(exps, distance)
+        tile_sum = tl.sum(sums, 1)
         if partial_weighted_ptr is not None:
+            tile_weighted = tl.sum(weighted, 1) * LN_2
             running_weighted = merge_weighted(
                 running_max, running_sum, running_weighted, tile_max, tile_sum, tile_weighted
             )
@@ -108,8 +117,8 @@ def _linear_logps_fwd_kernel(
     tl.store(partial_sum_ptr + offset, running_sum, mask=mask_n)
     if partial_weighted_ptr is not None:
         tl.store(partial_weighted_ptr + offset, running_weighted, mask=mask_n)
-    holds_label = (label >= first_tile * BLOCK_V) & (label < last_tile * BLOCK_V)
-    tl.store(label_logits_ptr + offs_n, label_logit, mask=mask_n & holds_label)
+    is_here = (label >= first_tile * BLOCK_V) & (label < last_tile * BLOCK_V)
+    tl.store(label_logits_ptr + offs_n, label_logit, mask=mask_n & is_here)
 
 
 def linear_logps_fwd(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from copg_kernels.kernels.language import jit, tl
+from copg_kernels.kernels.language import LOG2_E, jit, tl
 
 # Where every maximum starts: finite, because (-inf) - (-inf) is NaN where a tile has no finite logit.
 LOWEST = tl.constexpr(-1e38)
@@ -43,22 +43,36 @@ def joined_partials(parts: list[Partials]) -> Partials:
 
 @jit
 def tile_maximum(parts):
-    """z of a tile, in parts -> [BLOCK_N], LOWEST where no logit is finite.
-
-    Part by part down to one number per row, here and in `exponentials`: wider running values spill.
-    """
-    largest = tl.full((parts[0].shape[0],), LOWEST, dtype=tl.float32)
-    for part in tl.static_range(len(parts)):
-        largest = tl.maximum(largest, tl.max(parts[part], 1))
-    return largest
+    """z of a tile, in parts -> [BLOCK_N], LOWEST where no logit is finite."""
+    z0, z1, z2, z3 = parts
+    return tl.maximum(tl.max(tl.maximum(tl.maximum(tl.maximum(z0, z1), z2), z3), 1), LOWEST)
 
 
 @jit
-def exponentials(z, start_v, label, tile_max):
-    """[BLOCK_N, BLOCK_C] -> exp(z - tile_max), 0 at the label; its row sums; and z at the label, 0 where it is not."""
-    is_label = tl.arange(0, z.shape[1])[None, :] == (label - start_v)[:, None]
-    exps = tl.where(is_label, 0.0, tl.exp(z - tile_max[:, None]))
-    return exps, tl.sum(exps, 1), tl.sum(tl.where(is_label, z, 0.0), 1)
+def holds_label(label, start_v, BLOCK_V: tl.constexpr):
+    """Whether a tile that starts at vocabulary entry start_v holds the label of one of its rows.
+
+    Few tiles do, and the others need not look at each column.
+    """
+    return tl.max(((label >= start_v) & (label < start_v + BLOCK_V)).to(tl.int32), 0) != 0
+
+
+@jit
+def take_out_label(z, has_label, label, start_v, lowest):
+    """[BLOCK_N, BLOCK_C] from vocabulary entry start_v on -> z with `lowest` at the label; z at the label, else 0."""
+    at_label = tl.zeros((z.shape[0],), dtype=tl.float32)
+    if has_label:
+        is_label = tl.arange(0, z.shape[1])[None, :] == (label - start_v)[:, None]
+        at_label = tl.sum(tl.where(is_label, z, 0.0), 1)
+        z = tl.where(is_label, lowest, z)
+    return z, at_label
+
+
+@jit
+def exponentials(z, tile_max):
+    """[BLOCK_N, BLOCK_C] -> exp(z - tile_max), and its logarithm to the base 2."""
+    distance = (z - tile_max[:, None]) * LOG2_E
+    return tl.exp2(distance), distance
 
 
 @jit
@@ -69,9 +83,10 @@ def merge_statistics(running_max, running_sum, tile_max, tile_sum):
 
 
 @jit
-def weighted_sum(z, exps, tile_max):
-    """[BLOCK_N, BLOCK_C] and their exponentials -> row sums of exp(z - tile_max) (z - tile_max), 0 for z = -inf."""
-    return tl.sum(tl.where(exps > 0.0, exps * (z - tile_max[:, None]), 0.0), 1)
+def weighted_terms(exps, distance):
+    """[BLOCK_N, BLOCK_C] as `exponentials` gives them -> exp(z - tile_max) (z - tile_max) / ln 2, 0 for z = -inf."""
+    # 2 ** -150 is 0 in float32.
+    return exps * tl.maximum(distance, -150.0)
 
 
 @jit

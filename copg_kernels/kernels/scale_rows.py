@@ -34,20 +34,27 @@ def _scale_rows_kernel(
     tl.store(out_ptr + row * H + offs_h, value.to(out_ptr.dtype.element_ty), mask=offs_h < H)
 
 
-def scale_rows(source: Tensor, index: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """(S, H), (N,) or None, (N,) float32 -> (N, H) in `dtype`, the product rounded once."""
+def scale_rows(
+    source: Tensor, index: Tensor | None, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """(S, H), (N,) or None, (N,) float32 -> (N, H) in `dtype`, the product rounded once; into out, where given."""
     N, H = scale.numel(), source.shape[1]
-    out = source.new_empty((N, H), dtype=dtype)
+    out = source.new_empty((N, H), dtype=dtype) if out is None else out
+    assert out.is_contiguous() and out.dtype == dtype
     _scale_rows_kernel[(N, triton.cdiv(H, BLOCK_H))](
         source, index, scale, out, H, source.stride(0), BLOCK_H=BLOCK_H, **NO_FUSION
     )
     return out
 
 
-def scale_rows_torch(source: Tensor, index: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def scale_rows_torch(
+    source: Tensor, index: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
     """Twin of `scale_rows`."""
     kept = scale.nonzero().squeeze(1)
-    out = source.new_zeros((index.numel(), source.shape[1]), dtype=dtype)
+    out = source.new_empty((index.numel(), source.shape[1]), dtype=dtype) if out is None else out
+    if kept.numel() < scale.numel():
+        out.zero_()
     return out.index_copy_(0, kept, (source[index[kept]] * scale[kept].unsqueeze(1)).to(dtype))
 
 

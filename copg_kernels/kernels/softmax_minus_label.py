@@ -24,7 +24,7 @@ from copg_kernels.kernels.head import (
     store_part,
     tile_arguments,
 )
-from copg_kernels.kernels.language import jit, tl, triton
+from copg_kernels.kernels.language import LOG2_E, jit, tl, triton
 from copg_kernels.kernels.pack_rows import PackedRows
 
 # float16 flushes probabilities under 6e-8 to zero; the tile's entries are at most 1, so they can be stored larger.
@@ -56,8 +56,10 @@ def _softmax_minus_label_kernel(
     tile_scale,
     first_tile,
     BIAS_ON_ACC: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_CAP: tl.constexpr,
     USE_TMA: tl.constexpr,
+    EVEN_V: tl.constexpr,
     EVEN_H: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -82,30 +84,34 @@ def _softmax_minus_label_kernel(
             start_c = pid_v * BLOCK_V + part * (BLOCK_V // 4)
             store_part(tile, zeros, pid_n * BLOCK_N, start_c, R, padded_width, stride_tile, USE_TMA)
         return
+
+    # 3. The forward's logits again, then the probabilities; the label's column is expm1(logp). What belongs to a row is
+    # read after the GEMM, through which it would hold registers that are not there.
+    parts = head_logits(
+        hidden, pid_n * BLOCK_N, weight, bias_ptr, first_tile + pid_v, R, V, H, stride_weight,
+        logit_scale, inv_softcap, inv_temperature,
+        BIAS_ON_ACC, HAS_SCALE, HAS_CAP, USE_TMA, EVEN_V, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
+    )  # fmt: skip
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_rows
     rows = tl.load(row_index_ptr + offs_n, mask=mask_n, other=0)
     label = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1).to(tl.int32)
-
-    # 3. The forward's logits again, then the probabilities; the label's column is expm1(logp).
-    lse = tl.load(lse_ptr + rows, mask=mask_n, other=0.0)
+    lse = tl.load(lse_ptr + rows, mask=mask_n, other=float("inf"))
     residual = tl.load(lse_ptr + tl.cast(T, tl.int64) + rows, mask=mask_n, other=0.0)
     label_value = tl.exp(residual) * expm1(tl.load(per_token_logps_ptr + rows, mask=mask_n, other=0.0))
-    parts = head_logits(
-        hidden, pid_n * BLOCK_N, weight, bias_ptr, first_tile + pid_v, R, V, H, stride_weight,
-        logit_scale, inv_softcap, inv_temperature,
-        BIAS_ON_ACC, HAS_CAP, USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
-    )  # fmt: skip
+    row_scale = tl.where(mask_n, tile_scale, 0.0)[:, None]
+    start_v = (first_tile + pid_v) * BLOCK_V
+    has_label = tl.max(((label >= start_v) & (label < start_v + BLOCK_V)).to(tl.int32), 0) != 0
     for part in tl.static_range(len(parts)):
         z = parts[part]
-        offs_c = tl.arange(0, BLOCK_V // len(parts))
-        start_c = pid_v * BLOCK_V + part * (BLOCK_V // len(parts))
-        start_v = first_tile * BLOCK_V + start_c
-        is_label = offs_c[None, :] == (label - start_v)[:, None]
-        value = tl.where(is_label, label_value[:, None], tl.exp(z - lse[:, None])) * tile_scale
+        value = tl.exp2((z - lse[:, None]) * LOG2_E)
+        if has_label:
+            offs_v = start_v + part * (BLOCK_V // len(parts)) + tl.arange(0, BLOCK_V // len(parts))
+            value = tl.where(offs_v[None, :] == label[:, None], label_value[:, None], value)
         if HAS_CAP:
             value *= cap_slope(z, inv_softcap, inv_temperature)
-        value = tl.where(mask_n[:, None], value, 0.0)
+        value *= row_scale
+        start_c = pid_v * BLOCK_V + part * (BLOCK_V // len(parts))
         store_part(tile, value, pid_n * BLOCK_N, start_c, R, padded_width, stride_tile, USE_TMA)
 
 

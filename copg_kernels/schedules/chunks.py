@@ -41,14 +41,27 @@ def plan_chunks(
     edges = [cu_seqlens[completion] for completion in cu_groups]
     if any(stop - start > max_tokens for start, stop in pairwise(edges)):
         return None
-    firsts = [0]
-    for group in range(1, len(edges) - 1):
-        if edges[group + 1] - edges[firsts[-1]] > max_tokens:
-            firsts.append(group)
+    firsts = _first_groups(edges, max_tokens)
+    # The smallest chunks of that number: a small rest would cost as much as a whole one in passes over dW.
+    low, high = -(-edges[-1] // len(firsts)), max_tokens
+    while low < high:
+        middle = (low + high) // 2
+        found = _first_groups(edges, middle)
+        low, high = (low, middle) if len(found) == len(firsts) else (middle + 1, high)
+    firsts = _first_groups(edges, high)
     return [
         Chunk(slice(a, b), slice(cu_groups[a], cu_groups[b]), slice(edges[a], edges[b]))
         for a, b in pairwise([*firsts, len(edges) - 1])
     ]
+
+
+def _first_groups(edges: list[int], max_tokens: int) -> list[int]:
+    """The first group of each chunk, if each takes as many groups as max_tokens hold, or one."""
+    firsts = [0]
+    for group in range(1, len(edges) - 1):
+        if edges[group + 1] - edges[firsts[-1]] > max_tokens:
+            firsts.append(group)
+    return firsts
 
 
 def chunks_of(batch: Batch, needs: Needs, *, workspace_bytes: int, backend: str) -> list[Chunk] | None:

@@ -30,7 +30,7 @@ from copg_kernels.schedules.compact_tiles import CompactTile
 from copg_kernels.schedules.kept_tiles import (
     add_weight_product_,
     bias_product,
-    hidden_product,
+    write_hidden_product,
     write_weight_product,
 )
 from copg_kernels.schedules.recompute import Gradients, Needs
@@ -142,9 +142,7 @@ def in_chunks(
             shares.append(compact.shares)
         tile = _Tile(slices, compact, packed, scale, backend)
         if needs.hidden_states:
-            out = gradients.hidden_states[chunk.tokens]
-            product = _hidden_product(tile, head)
-            out.copy_(ops.scale_rows(product, rows.position, counted.to(scale.dtype), out.dtype))
+            _write_hidden_product(tile, head, rows, per_token, gradients.hidden_states[chunk.tokens])
         if needs.weight:
             _write_weight_product(tile, gradients.weight, add=index > 0)
         if needs.bias:
@@ -165,10 +163,12 @@ class _Tile(NamedTuple):
     backend: str
 
 
-def _hidden_product(tile: _Tile, head: Head) -> Tensor:
+def _write_hidden_product(tile: _Tile, head: Head, rows: PackedRows, per_token: Tensor, out: Tensor) -> None:
     if tile.compact is None:
-        return hidden_product(tile.slices, head, tile.scale, tile.backend)
-    return compact_tiles.hidden_product(tile.compact, tile.slices[0], head, tile.scale)
+        write_hidden_product(tile.slices, head, rows, per_token, out, tile.backend)
+    else:
+        product = compact_tiles.hidden_product(tile.compact, tile.slices[0], head, tile.scale)
+        tile_ops(tile.backend).scale_rows(product, rows.position, (per_token != 0).to(per_token.dtype), out.dtype, out)
 
 
 def _write_weight_product(tile: _Tile, out: Tensor, *, add: bool) -> None:

@@ -18,9 +18,9 @@ from copg_kernels.kernels.contrast import Completions, Contrast
 from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.row_statistics import Partials, joined_partials
-from copg_kernels.schedules.kept_tiles import hidden_product
+from copg_kernels.schedules.kept_tiles import write_hidden_product
 from copg_kernels.schedules.tile_ops import accumulation_dtype, counted_rows, kept_dtype, operand_dtype, tile_ops
-from copg_kernels.schedules.workspace import kept_bytes_per_token, kept_elements
+from copg_kernels.schedules.workspace import balanced, kept_bytes_per_token, kept_elements
 
 
 class _Chunk(NamedTuple):
@@ -31,7 +31,6 @@ class _Chunk(NamedTuple):
     rows: PackedRows
     per_token_logps: Tensor
     lse: Tensor
-    u: Tensor
     entropy: Tensor  # empty where it is not wanted
 
 
@@ -51,8 +50,8 @@ def token_logps_and_slopes(
     lse = hidden_states.new_empty((2, num_tokens), dtype=dtype)
     u = torch.empty(hidden_states.shape, dtype=kept_dtype(hidden_states.dtype), device=hidden_states.device)
     entropies = [lse.new_empty(0)]
-    for chunk in _chunks(hidden_states, head, labels, ignore_index, workspace_bytes, backend, entropy):
-        per_token_logps[chunk.tokens], lse[:, chunk.tokens], u[chunk.tokens] = chunk[3:6]
+    for chunk in _chunks(hidden_states, head, labels, u, ignore_index, workspace_bytes, backend, entropy):
+        per_token_logps[chunk.tokens], lse[:, chunk.tokens] = chunk.per_token_logps, chunk.lse
         entropies.append(chunk.entropy)
     return per_token_logps, lse, u, torch.cat(entropies)
 
@@ -71,10 +70,9 @@ def copg(
     """Contrast of groups that may lie in many chunks, and u (T, H), which the coefficients then scale."""
     u = torch.empty(hidden_states.shape, dtype=kept_dtype(hidden_states.dtype), device=hidden_states.device)
     partials, rows = [], []
-    for chunk in _chunks(hidden_states, head, labels, ignore_index, workspace_bytes, backend, entropy):
+    for chunk in _chunks(hidden_states, head, labels, u, ignore_index, workspace_bytes, backend, entropy):
         partials.append(chunk.partials)
         rows.append(chunk.rows)
-        u[chunk.tokens] = chunk.u
     joined = joined_partials(partials)
     return tile_ops(backend).contrast_fwd(joined, joined_rows(rows), completions), u
 
@@ -83,14 +81,16 @@ def _chunks(
     hidden_states: Tensor,
     head: Head,
     labels: Tensor,
+    u: Tensor,
     ignore_index: int,
     workspace_bytes: int,
     backend: str,
-    entropy: bool = False,
+    entropy: bool,
 ) -> Iterator[_Chunk]:
+    """Write u (T, H), and hand out what else is known of its tokens."""
     ops, dtype, V = tile_ops(backend), hidden_states.dtype, head.weight.shape[0]
     bytes_per_token = kept_bytes_per_token(V, dtype, hidden_states.device, backend)
-    max_tokens = max(1, min(labels.numel(), workspace_bytes // bytes_per_token))
+    max_tokens = balanced(labels.numel(), max(1, workspace_bytes // bytes_per_token))
     workspace = hidden_states.new_empty((kept_elements(max_tokens, V, backend),), dtype=operand_dtype(dtype, backend))
     for start in range(0, labels.numel(), max_tokens):
         tokens = slice(start, start + max_tokens)
@@ -99,10 +99,9 @@ def _chunks(
         per_token_logps, lse = ops.merge_splits_fwd(partials, rows)
         token_entropy = ops.token_entropy_fwd(partials, rows, per_token_logps) if entropy else lse.new_empty(0)
         slices = ops.place_labels(tiles, packed, head, rows, per_token_logps, lse)
-        packed_u = hidden_product(slices, head, lse.new_full(rows.row_index.shape, -head.slope), backend)
         counted = (labels[tokens] != ignore_index).to(lse.dtype)
-        u = ops.scale_rows(packed_u, rows.position, counted, kept_dtype(dtype))
-        yield _Chunk(tokens, partials, rows, per_token_logps, lse, u, token_entropy)
+        write_hidden_product(slices, head, rows, counted * -head.slope, u[tokens], backend)
+        yield _Chunk(tokens, partials, rows, per_token_logps, lse, token_entropy)
 
 
 def joined_rows(chunks: list[PackedRows]) -> PackedRows:

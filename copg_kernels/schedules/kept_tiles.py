@@ -7,23 +7,29 @@ from torch import Tensor
 
 from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.matmul import addmm_fp32_, mm_fp32
+from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.place_labels import SoftmaxSlice
 from copg_kernels.schedules.recompute import write_product
 from copg_kernels.schedules.tile_ops import accumulation_dtype, operand_dtype, tile_ops
 
 
-def hidden_product(slices: list[SoftmaxSlice], head: Head, scale: Tensor, backend: str) -> Tensor:
-    """(R,) -> scale * (softmax - onehot) weight, (R, H) in the accumulation dtype."""
-    dtype = head.weight.dtype
-    shape = (scale.numel(), head.weight.shape[1])
+def write_hidden_product(
+    slices: list[SoftmaxSlice], head: Head, rows: PackedRows, scale: Tensor, out: Tensor, backend: str
+) -> None:
+    """(T,) -> out (T, H) = scale * (softmax - onehot) weight, rounded once; 0 where scale is 0."""
+    operand, accumulation = operand_dtype(head.weight.dtype, backend), accumulation_dtype(head.weight.dtype)
+    num_rows, H = rows.row_index.numel(), head.weight.shape[1]
+    factor = slices[0].factor if len(slices) == 1 else slices[0].factor.new_ones(num_rows)
     total = None
     for part in slices:
-        weight = head.weight[part.start : part.stop].to(operand_dtype(dtype, backend))
-        product = mm_fp32(part.tile, weight, weight.new_empty(shape, dtype=accumulation_dtype(dtype)))
-        product.mul_((scale * part.factor).unsqueeze(1))
+        weight = head.weight[part.start : part.stop].to(operand)
+        product = mm_fp32(part.tile, weight, weight.new_empty((num_rows, H), dtype=accumulation))
+        if len(slices) > 1:
+            product.mul_(part.factor.unsqueeze(1))
         total = product if total is None else total.add_(product)
-    assert total is not None
-    return total
+    # The factor waits for the pass that puts rows into their places, as one more pass would cost a hundredth.
+    of_tokens = torch.zeros_like(scale).index_copy_(0, rows.row_index, factor)
+    tile_ops(backend).scale_rows(total, rows.position, scale * of_tokens, out.dtype, out)
 
 
 def write_weight_product(

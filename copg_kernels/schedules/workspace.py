@@ -39,6 +39,16 @@ def kept_bytes_per_token(vocab_size: int, dtype: torch.dtype, device: torch.devi
     return row_stride(vocab_size) * dtype.itemsize + num_tiles * 8
 
 
+def balanced(num_tokens: int, most_tokens: int) -> int:
+    """Tokens per chunk, most_tokens at most: no more chunks than that takes, and none of them a small rest.
+
+    A multiple of 128 where there is room for it: GEMMs are fastest on whole tiles.
+    """
+    chunks = max(1, -(-num_tokens // most_tokens))
+    tokens = -(-num_tokens // chunks)
+    return max(1, min(most_tokens, -(-tokens // 128) * 128))
+
+
 def kept_elements(num_tokens: int, vocab_size: int, backend: str) -> int:
     """Elements of the tile of so many tokens."""
     return num_tokens * (vocab_size if backend == "torch" else row_stride(vocab_size))
