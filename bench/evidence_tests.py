@@ -19,6 +19,7 @@ FILES = (
     "tests/test_linear_logps.py",
     "tests/test_copg.py",
     "tests/test_closed_groups.py",
+    "tests/test_product_slices.py",
     "tests/test_scale_gradient.py",
     "tests/test_sparse_kernels.py",
     "tests/test_entropy.py",

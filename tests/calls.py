@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from copg_kernels import linear_copg_loss, linear_logps, linear_logps_and_entropy
+from copg_kernels.kernels import product_slices
 from copg_kernels.reference import copg_loss_ref, linear_logps_ref, sequence_logps_ref
 from copg_kernels.schedules import compact_tiles
 from copg_kernels.schedules.workspace import kept_bytes_per_token, least_workspace_bytes
+from copg_kernels.tuned import Settings, trying
 
 OPERATORS = ("logps", "frozen", "entropy", "copg", "average", "sparse logps", "sparse copg", "overflow", "chunks")
 # Tokens, vocabulary, hidden size: primes, one, multiples of the interpreter's blocks of 16, 32 and 32, one more, and a
@@ -37,10 +39,12 @@ class Call(NamedTuple):
     shape: tuple[int, int, int]
     dtype: torch.dtype
     options: dict[str, Any]
+    way: str = "fused"
 
     def __str__(self) -> str:
         form = "+".join(self.options) if self.options else "plain"
-        return f"{self.operator} {'x'.join(map(str, self.shape))} {str(self.dtype)[6:]} {form}"
+        way = "" if self.way == "fused" else f" {self.way}"
+        return f"{self.operator} {'x'.join(map(str, self.shape))} {str(self.dtype)[6:]} {form}{way}"
 
 
 class Outcome(NamedTuple):
@@ -50,10 +54,12 @@ class Outcome(NamedTuple):
     gradients: dict[str, Tensor]
 
 
-def calls(shapes: list, dtypes: list[torch.dtype], options: list[dict], operators=OPERATORS) -> Iterator[Call]:
+def calls(
+    shapes: list, dtypes: list[torch.dtype], options: list[dict], operators=OPERATORS, way: str = "fused"
+) -> Iterator[Call]:
     """Every combination that the operators take."""
     for operator, shape, dtype, chosen in product(operators, shapes, dtypes, options):
-        call = Call(operator, shape, dtype, chosen)
+        call = Call(operator, shape, dtype, chosen, way)
         one_group = operator == "chunks" and shape[0] < 15
         if not (one_group or dtype == torch.float16 and sparse(call)):
             yield call
@@ -133,8 +139,13 @@ def workspace_of_a_group(weight: Tensor, batch: dict[str, Any]) -> int:
 
 @contextmanager
 def room(call: Call) -> Iterator[None]:
-    """Slots for all entries; for hardly any, where the call is about an overflow."""
-    with mock.patch.object(compact_tiles, "MOST_KEPT", 0.01 if call.operator == "overflow" else 1.0):
+    """Slots for all entries; for hardly any, where the call is about an overflow. Slices of one split each."""
+    most_kept = 0.01 if call.operator == "overflow" else 1.0
+    with (
+        mock.patch.object(compact_tiles, "MOST_KEPT", most_kept),
+        mock.patch.object(product_slices, "SLICE_BYTES", 1),
+        trying(Settings(logps=call.way, loss=call.way)),
+    ):
         yield
 
 

@@ -39,6 +39,8 @@ MATRIX_INSTRUCTION = {
     "sm_120": r"mma\.sync",
     "gfx942": "v_mfma",
 }
+# The operators that between them launch the kernels of a head's logits in every form.
+HEADS = ["entropy", "average"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -62,8 +64,10 @@ def calls_for(target: str, everything: bool) -> list[Call]:
     if everything:
         shapes = [EVEN, MULTIPLE, PRIME, ONE, ONE_MORE, ALIGNED]
         single = calls.calls([EVEN], [torch.bfloat16], [dict(bias=True), dict(softcap=6.0)])
-        return [*calls.calls(shapes, DTYPES, [PLAIN, FULL]), *single]
+        sliced = calls.calls([EVEN, PRIME], DTYPES, [PLAIN, FULL], HEADS, "sliced")
+        return [*calls.calls(shapes, DTYPES, [PLAIN, FULL]), *single, *sliced]
     chosen = [*calls.calls([EVEN], [torch.bfloat16], [FULL])]
+    chosen += calls.calls([EVEN], [torch.bfloat16], [FULL], HEADS, "sliced")
     if target in ("sm_80", "sm_90"):
         chosen += calls.calls([EVEN], [torch.float32], [FULL])
     if target == "sm_90":

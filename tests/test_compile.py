@@ -62,9 +62,14 @@ def test_shared_memory_fits(report):
 
 
 def test_matrix_instructions(report):
-    """wgmma on sm_90, tcgen05 on sm_100, mma.sync and MFMA on the others."""
-    multiply = HEAD_KERNELS | PRODUCTS
-    assert [named(row) for row in report["rows"] if row["kernel"] in multiply and not row["matrix_instructions"]] == []
+    """wgmma on sm_90, tcgen05 on sm_100, mma.sync and MFMA on the others; none where the product is read."""
+    reads = {
+        named(row): row["kernel"] in HEAD_KERNELS and "product_ptr=None" not in row["arguments"]
+        for row in report["rows"]
+    }
+    multiply = [row for row in report["rows"] if row["kernel"] in HEAD_KERNELS | PRODUCTS]
+    assert [named(row) for row in multiply if bool(row["matrix_instructions"]) == reads[named(row)]] == []
+    assert 0 < sum(reads.values()) < len(multiply)
 
 
 def test_matrix_instructions_read_no_unfenced_copy(report):

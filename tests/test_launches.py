@@ -29,11 +29,17 @@ BFLOAT16 = [
     *calls.calls([PRIME, ONE, ONE_MORE, ALIGNED], [torch.bfloat16], [FULL]),
     *calls.calls([NARROW], [torch.bfloat16], [FULL], ["chunks"]),
 ]
+SLICED = [
+    *calls.calls([MULTIPLE], [torch.bfloat16], [PLAIN], way="sliced"),
+    *calls.calls([PRIME], [torch.bfloat16, torch.float32, torch.float16], [FULL], way="sliced"),
+]
 OTHERS = [*calls.calls([PRIME], [torch.float32, torch.float16], [FULL])]
-ON_A_GPU = [*calls.calls([EVEN], [torch.float32, torch.bfloat16, torch.float16], [PLAIN, FULL])]
+EVERY_DTYPE = [torch.float32, torch.bfloat16, torch.float16]
+ON_A_GPU = [*calls.calls([EVEN], EVERY_DTYPE, [PLAIN, FULL])]
+ON_A_GPU += calls.calls([EVEN], EVERY_DTYPE, [PLAIN, FULL], way="sliced")
 
 
-@pytest.mark.parametrize("call", BFLOAT16 + OTHERS + (ON_A_GPU if DEVICE.type == "cuda" else []), ids=str)
+@pytest.mark.parametrize("call", BFLOAT16 + OTHERS + SLICED + (ON_A_GPU if DEVICE.type == "cuda" else []), ids=str)
 def test_in_any_order_and_with_nothing_beside(call: Call, audited_launches):
     inputs, batch = calls.operands(call, DEVICE), calls.completions(call, DEVICE)
     with calls.room(call):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from copg_kernels.kernels.blocks import GROUP_N, SPLIT_TORCH, head_blocks
+from copg_kernels.kernels.blocks import GROUP_N, SPLIT_TORCH
 from copg_kernels.kernels.fold_tiles import fold_tiles
 from copg_kernels.kernels.head import (
     Head,
@@ -35,6 +35,7 @@ from copg_kernels.kernels.head import (
 )
 from copg_kernels.kernels.language import LN_2, jit, tl, triton
 from copg_kernels.kernels.pack_rows import PackedRows
+from copg_kernels.kernels.product_slices import blocks_of, products, way_of
 from copg_kernels.kernels.row_statistics import (
     Partials,
     exponentials,
@@ -56,6 +57,7 @@ _ROWS_AT_ONCE = 256
 @jit
 def _exp_tile_kernel(
     hidden,  # (R, H), packed; like weight and tile a pointer or a tensor descriptor
+    product_ptr,  # (R, width) float32, or None: see head_logits
     weight,  # (V, H)
     bias_ptr,  # (V,)
     labels_ptr,  # (R,) int64, packed
@@ -66,10 +68,12 @@ def _exp_tile_kernel(
     tile_sum_ptr,  # (num_tiles, R) float32, out
     tile_weighted_ptr,  # (num_tiles, R) float32, out, or None
     label_logits_ptr,  # (R,) float32, out
+    first_tile,
     R,
     V,
     H,
     stride_weight,
+    stride_product,
     padded_width,
     stride_tile,
     logit_scale,
@@ -90,7 +94,7 @@ def _exp_tile_kernel(
     # 1. GROUP_N row blocks share each tile of the weight while it is in L2. The GEMMs that read the tile run over all R
     # rows, so ignored ones must be 0.
     pid_n = tl.program_id(1) * GROUP_N + tl.program_id(0) % GROUP_N
-    pid_v = tl.program_id(0) // GROUP_N
+    pid_v = first_tile + tl.program_id(0) // GROUP_N
     num_rows = tl.load(num_rows_ptr)
     if pid_n * BLOCK_N >= num_rows:
         if pid_n * BLOCK_N < R:
@@ -104,8 +108,8 @@ def _exp_tile_kernel(
 
     # 2. The streaming forward pass's logits and maximum.
     parts = head_logits(
-        hidden, pid_n * BLOCK_N, weight, bias_ptr, pid_v, R, V, H, stride_weight,
-        logit_scale, inv_softcap, inv_temperature,
+        hidden, product_ptr, pid_n * BLOCK_N, weight, bias_ptr, pid_v, first_tile, R, V, H,
+        stride_weight, stride_product, logit_scale, inv_softcap, inv_temperature,
         BIAS_ON_ACC, HAS_SCALE, HAS_CAP, USE_TMA, EVEN_V, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
     )  # fmt: skip
     # Not before the GEMM, through which it would hold registers that are not there.
@@ -154,30 +158,32 @@ def exp_tiles(
 ) -> tuple[Partials, ScaledTile]:
     """Packed rows (R, H), head (V, H) -> row statistics, and exponentials in the workspace (its elements, flat)."""
     R, V = rows.row_index.numel(), head.weight.shape[0]
-    blocks = head_blocks(head.weight)
-    num_tiles = triton.cdiv(V, blocks.BLOCK_V)
+    way = way_of(head.weight, "loss")
+    blocks = blocks_of(head.weight, way)
     stride_tile = row_stride(V)
-    tile_max, tile_sum = hidden_states.new_empty((2, num_tiles, R), dtype=torch.float32)
+    tile_max, tile_sum = hidden_states.new_empty((2, triton.cdiv(V, blocks.BLOCK_V), R), dtype=torch.float32)
     tile_weighted = torch.empty_like(tile_max) if entropy else None
     kept = ScaledTile(
         workspace[: R * stride_tile].view(R, stride_tile)[:, :V],
         _reference_logits(hidden_states, head),
         hidden_states.new_empty((R,), dtype=torch.float32),
     )
-    if R:
-        num_groups = triton.cdiv(R, blocks.BLOCK_N * GROUP_N)
-        _exp_tile_kernel[(GROUP_N * num_tiles, num_groups)](
-            labels_ptr=rows.labels,
-            num_rows_ptr=rows.num_rows,
-            reference_ptr=kept.reference,
-            tile_max_ptr=tile_max,
-            tile_sum_ptr=tile_sum,
-            tile_weighted_ptr=tile_weighted,
-            label_logits_ptr=kept.label_logits,
-            GROUP_N=GROUP_N,
-            **out_arguments(padded(kept.tile), blocks),
-            **tile_arguments(hidden_states, head, blocks),
-        )
+    num_groups = triton.cdiv(R, blocks.BLOCK_N * GROUP_N)
+    for start, stop, product in products(hidden_states, head.weight, 0, V if R else 0, blocks, way):
+        num_tiles = triton.cdiv(stop - start, blocks.BLOCK_V)
+        if num_tiles:
+            _exp_tile_kernel[(GROUP_N * num_tiles, num_groups)](
+                labels_ptr=rows.labels,
+                num_rows_ptr=rows.num_rows,
+                reference_ptr=kept.reference,
+                tile_max_ptr=tile_max,
+                tile_sum_ptr=tile_sum,
+                tile_weighted_ptr=tile_weighted,
+                label_logits_ptr=kept.label_logits,
+                GROUP_N=GROUP_N,
+                **out_arguments(padded(kept.tile), blocks),
+                **tile_arguments(hidden_states, head, blocks, start, product),
+            )
     folded = fold_tiles(tile_max, tile_sum, tile_weighted, blocks.tiles_per_split)
     return Partials(*folded[:2], kept.label_logits, folded[2]), kept
 

@@ -35,15 +35,18 @@ class Head(NamedTuple):
 
 @jit
 def head_logits(
-    hidden,  # (R, H), packed: a tensor descriptor, or a pointer
+    hidden,  # (R, H), packed: a tensor descriptor, or a pointer; None where the product is there
+    product_ptr,  # (R, width) float32, or None where the kernel multiplies
     start_n,  # first of the tile's rows
-    weight,  # (V, H): a tensor descriptor, or a pointer
+    weight,  # (V, H): a tensor descriptor, or a pointer; None like hidden
     bias_ptr,  # (V,), or None
     tile,  # vocabulary tile index
+    first_tile,  # vocabulary tile with which the product starts
     R,
     V,
     H,
     stride_weight,
+    stride_product,
     logit_scale,
     inv_softcap,
     inv_temperature,
@@ -62,6 +65,57 @@ def head_logits(
 
     In parts, because an epilogue over 128 accumulator registers per thread would spill.
     """
+    STEP: tl.constexpr = BLOCK_V // 4
+    start = tile * BLOCK_V
+    if product_ptr is None:
+        acc = _multiply(
+            hidden, start_n, weight, tile, R, V, H, stride_weight,
+            USE_TMA, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
+        )  # fmt: skip
+        if BIAS_ON_ACC:
+            offs_v = start + tl.arange(0, BLOCK_V)
+            acc += tl.load(bias_ptr + tl.minimum(offs_v, V - 1)).to(tl.float32)[None, :]
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, BLOCK_V // 2)), (0, 2, 1)))
+        part0, part1 = tl.split(tl.permute(tl.reshape(left, (BLOCK_N, 2, BLOCK_V // 4)), (0, 2, 1)))
+        part2, part3 = tl.split(tl.permute(tl.reshape(right, (BLOCK_N, 2, BLOCK_V // 4)), (0, 2, 1)))
+    else:
+        product_ptr -= first_tile * BLOCK_V  # so that an entry's index is that of its column
+        part0 = _read(product_ptr, start_n, start, R, V, stride_product, EVEN_V, BLOCK_N, STEP)
+        part1 = _read(product_ptr, start_n, start + STEP, R, V, stride_product, EVEN_V, BLOCK_N, STEP)
+        part2 = _read(product_ptr, start_n, start + 2 * STEP, R, V, stride_product, EVEN_V, BLOCK_N, STEP)
+        part3 = _read(product_ptr, start_n, start + 3 * STEP, R, V, stride_product, EVEN_V, BLOCK_N, STEP)
+    # fmt: off
+    BIAS_ON_PART: tl.constexpr = bias_ptr is not None and not BIAS_ON_ACC
+    z0 = _finish(part0, bias_ptr, start, V, logit_scale, inv_softcap, inv_temperature,
+                 BIAS_ON_PART, HAS_SCALE, HAS_CAP, EVEN_V)
+    z1 = _finish(part1, bias_ptr, start + STEP, V, logit_scale, inv_softcap, inv_temperature,
+                 BIAS_ON_PART, HAS_SCALE, HAS_CAP, EVEN_V)
+    z2 = _finish(part2, bias_ptr, start + 2 * STEP, V, logit_scale, inv_softcap, inv_temperature,
+                 BIAS_ON_PART, HAS_SCALE, HAS_CAP, EVEN_V)
+    z3 = _finish(part3, bias_ptr, start + 3 * STEP, V, logit_scale, inv_softcap, inv_temperature,
+                 BIAS_ON_PART, HAS_SCALE, HAS_CAP, EVEN_V)
+    # fmt: on
+    return z0, z1, z2, z3
+
+
+@jit
+def _multiply(
+    hidden,
+    start_n,
+    weight,
+    tile,
+    R,
+    V,
+    H,
+    stride_weight,
+    USE_TMA: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """x W^T of one tile, [BLOCK_N, BLOCK_V] float32; of rows and columns that do not exist, those of the last."""
     # Clamped instead of masked: the loads stay plain asynchronous copies, and the caller masks columns once.
     offs_x = tl.minimum(start_n + tl.arange(0, BLOCK_N), R - 1).to(tl.int64) * H
     offs_w = tl.minimum(tile * BLOCK_V + tl.arange(0, BLOCK_V), V - 1).to(tl.int64) * stride_weight
@@ -79,57 +133,27 @@ def head_logits(
             x = tl.load(hidden + offs_x[:, None] + columns, mask=columns < H, other=0.0)
             w = tl.load(weight + offs_w[:, None] + columns, mask=columns < H, other=0.0)
         acc = tl.dot(x, tl.trans(w), acc, input_precision=PRECISION)
-    BIAS_ON_PART: tl.constexpr = bias_ptr is not None and not BIAS_ON_ACC
-    if BIAS_ON_ACC:
-        offs_v = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        acc += tl.load(bias_ptr + tl.minimum(offs_v, V - 1)).to(tl.float32)[None, :]
-    left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_N, 2, BLOCK_V // 2)), (0, 2, 1)))
-    part0, part1 = tl.split(tl.permute(tl.reshape(left, (BLOCK_N, 2, BLOCK_V // 4)), (0, 2, 1)))
-    part2, part3 = tl.split(tl.permute(tl.reshape(right, (BLOCK_N, 2, BLOCK_V // 4)), (0, 2, 1)))
-    start, step = tile * BLOCK_V, BLOCK_V // 4
-    z0 = _finish(
-        part0, bias_ptr, start, V, logit_scale, inv_softcap, inv_temperature, BIAS_ON_PART, HAS_SCALE, HAS_CAP, EVEN_V
-    )
-    z1 = _finish(
-        part1,
-        bias_ptr,
-        start + step,
-        V,
-        logit_scale,
-        inv_softcap,
-        inv_temperature,
-        BIAS_ON_PART,
-        HAS_SCALE,
-        HAS_CAP,
-        EVEN_V,
-    )
-    z2 = _finish(
-        part2,
-        bias_ptr,
-        start + 2 * step,
-        V,
-        logit_scale,
-        inv_softcap,
-        inv_temperature,
-        BIAS_ON_PART,
-        HAS_SCALE,
-        HAS_CAP,
-        EVEN_V,
-    )
-    z3 = _finish(
-        part3,
-        bias_ptr,
-        start + 3 * step,
-        V,
-        logit_scale,
-        inv_softcap,
-        inv_temperature,
-        BIAS_ON_PART,
-        HAS_SCALE,
-        HAS_CAP,
-        EVEN_V,
-    )
-    return z0, z1, z2, z3
+    return acc
+
+
+@jit
+def _read(
+    product_ptr,
+    start_n,
+    start_v,
+    R,
+    V,
+    stride_product,
+    EVEN_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """[BLOCK_N, BLOCK_C] of a product that is there, 0 where there is none."""
+    offs_n, offs_v = start_n + tl.arange(0, BLOCK_N), start_v + tl.arange(0, BLOCK_C)
+    mask = (offs_n < R)[:, None]
+    if not EVEN_V:
+        mask &= (offs_v < V)[None, :]
+    return tl.load(product_ptr + offs_n.to(tl.int64)[:, None] * stride_product + offs_v[None, :], mask=mask, other=0.0)
 
 
 @jit
@@ -200,22 +224,28 @@ def store_part(
         tl.store(block + (offs_n[:, None] * stride_tile + offs_c[None, :]), value, mask=mask)
 
 
-def tile_arguments(hidden_states: Tensor, head: Head, blocks: Blocks) -> dict:
-    """Keyword arguments of a kernel around `head_logits` that follow from the operands, packed rows (R, H) first."""
+def tile_arguments(hidden_states: Tensor, head: Head, blocks: Blocks, start: int, product: Tensor | None) -> dict:
+    """Keyword arguments of a kernel around `head_logits` that follow from the operands, packed rows (R, H) first.
+
+    start is the vocabulary entry of the first tile, and product x W^T from there on, where it is not the kernel's job.
+    """
     (R, H), V = hidden_states.shape, head.weight.shape[0]
     assert hidden_states.is_contiguous()
-    hidden, weight = hidden_states, head.weight
-    if blocks.use_tma:
+    hidden, weight = (hidden_states, head.weight) if product is None else (None, None)
+    if product is None and blocks.use_tma:
         hidden = TensorDescriptor.from_tensor(hidden, [blocks.BLOCK_N, blocks.BLOCK_H])
         weight = TensorDescriptor.from_tensor(weight, [blocks.BLOCK_V, blocks.BLOCK_H])
     return dict(
         hidden=hidden,
+        product_ptr=product,
         weight=weight,
         bias_ptr=head.bias,
+        first_tile=start // blocks.BLOCK_V,
         R=R,
         V=V,
         H=H,
         stride_weight=head.weight.stride(0),
+        stride_product=0 if product is None else product.stride(0),
         logit_scale=float(head.logit_scale),
         inv_softcap=0.0 if head.softcap is None else 1.0 / head.softcap,
         inv_temperature=1.0 / head.temperature,

@@ -39,7 +39,7 @@ _INTEGERS_OF_A_BATCH = {
     "T", "R", "V", "num_groups", "num_splits", "num_tiles", "first_tile",
     "num_members", "num_entries", "num_elements", "num_list_tiles", "capacity",
 }  # fmt: skip
-_MATRICES = {"source_ptr", "out_ptr", "tile_ptr", "values_ptr"}
+_MATRICES = {"product_ptr", "source_ptr", "out_ptr", "tile_ptr", "values_ptr"}
 
 
 def jit(kernel):

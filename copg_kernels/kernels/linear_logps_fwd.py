@@ -17,11 +17,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from copg_kernels.kernels.blocks import GROUP_N, head_blocks
+from copg_kernels.kernels.blocks import GROUP_N
 from copg_kernels.kernels.exp_tile import exp_tile_torch
 from copg_kernels.kernels.head import Head, head_logits, lowest_logit, tile_arguments
 from copg_kernels.kernels.language import LN_2, jit, tl, triton
 from copg_kernels.kernels.pack_rows import PackedRows
+from copg_kernels.kernels.product_slices import blocks_of, products, way_of
 from copg_kernels.kernels.row_statistics import (
     LOWEST,
     Partials,
@@ -38,6 +39,7 @@ from copg_kernels.kernels.row_statistics import (
 @jit
 def _linear_logps_fwd_kernel(
     hidden,  # (R, H), packed; like weight a pointer or a tensor descriptor
+    product_ptr,  # (R, width) float32, or None: see head_logits
     weight,  # (V, H)
     bias_ptr,  # (V,)
     labels_ptr,  # (R,) int64, packed
@@ -46,10 +48,12 @@ def _linear_logps_fwd_kernel(
     partial_sum_ptr,  # (S, R) float32, out
     partial_weighted_ptr,  # (S, R) float32, out, or None
     label_logits_ptr,  # (R,) float32, out
+    first_tile,
     R,
     V,
     H,
     stride_weight,
+    stride_product,
     logit_scale,
     inv_softcap,
     inv_temperature,
@@ -68,7 +72,7 @@ def _linear_logps_fwd_kernel(
 ):
     # 1. Which rows and which split are mine: GROUP_N row blocks walk through the splits side by side.
     pid_n = tl.program_id(1) * GROUP_N + tl.program_id(0) % GROUP_N
-    split = tl.program_id(0) // GROUP_N
+    split = first_tile // TILES_PER_SPLIT + tl.program_id(0) // GROUP_N
     num_rows = tl.load(num_rows_ptr)
     if pid_n * BLOCK_N >= num_rows:
         return
@@ -81,13 +85,13 @@ def _linear_logps_fwd_kernel(
     running_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
     running_weighted = tl.zeros((BLOCK_N,), dtype=tl.float32)
     label_logit = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    first_tile = split * TILES_PER_SPLIT
-    last_tile = tl.minimum(first_tile + TILES_PER_SPLIT, tl.cdiv(V, BLOCK_V))
+    begin = split * TILES_PER_SPLIT
+    end = tl.minimum(begin + TILES_PER_SPLIT, tl.cdiv(V, BLOCK_V))
     # Hoisting the epilogue's column indices out of the loop would cost the registers that the accumulator needs.
-    for tile in tl.range(first_tile, last_tile, disable_licm=True):
+    for tile in tl.range(begin, end, disable_licm=True):
         parts = head_logits(
-            hidden, pid_n * BLOCK_N, weight, bias_ptr, tile, R, V, H, stride_weight,
-            logit_scale, inv_softcap, inv_temperature,
+            hidden, product_ptr, pid_n * BLOCK_N, weight, bias_ptr, tile, first_tile, R, V, H,
+            stride_weight, stride_product, logit_scale, inv_softcap, inv_temperature,
             BIAS_ON_ACC, HAS_SCALE, HAS_CAP, USE_TMA, EVEN_V, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
         )  # fmt: skip
         tile_max = tile_maximum(parts)
@@ -117,7 +121,7 @@ def _linear_logps_fwd_kernel(
     tl.store(partial_sum_ptr + offset, running_sum, mask=mask_n)
     if partial_weighted_ptr is not None:
         tl.store(partial_weighted_ptr + offset, running_weighted, mask=mask_n)
-    is_here = (label >= first_tile * BLOCK_V) & (label < last_tile * BLOCK_V)
+    is_here = (label >= begin * BLOCK_V) & (label < end * BLOCK_V)
     tl.store(label_logits_ptr + offs_n, label_logit, mask=mask_n & is_here)
 
 
@@ -129,28 +133,31 @@ def linear_logps_fwd(
     The tile stays in registers, and its splits are the block table's: width is for the twin.
     """
     R, V = rows.row_index.numel(), head.weight.shape[0]
-    blocks = head_blocks(head.weight)
-    num_splits = triton.cdiv(V, blocks.BLOCK_V * blocks.tiles_per_split)
+    way = way_of(head.weight, "logps")
+    blocks = blocks_of(head.weight, way)
+    split_width = blocks.BLOCK_V * blocks.tiles_per_split
+    shape = (triton.cdiv(V, split_width), R)
     partials = Partials(
-        hidden_states.new_empty((num_splits, R), dtype=torch.float32),
-        hidden_states.new_empty((num_splits, R), dtype=torch.float32),
+        hidden_states.new_empty(shape, dtype=torch.float32),
+        hidden_states.new_empty(shape, dtype=torch.float32),
         hidden_states.new_empty((R,), dtype=torch.float32),
-        hidden_states.new_empty((num_splits, R), dtype=torch.float32) if entropy else None,
+        hidden_states.new_empty(shape, dtype=torch.float32) if entropy else None,
     )
     if R == 0:
         return partials
     num_groups = triton.cdiv(R, blocks.BLOCK_N * GROUP_N)
-    _linear_logps_fwd_kernel[(GROUP_N * num_splits, num_groups)](
-        labels_ptr=rows.labels,
-        num_rows_ptr=rows.num_rows,
-        partial_max_ptr=partials.max,
-        partial_sum_ptr=partials.sum,
-        partial_weighted_ptr=partials.weighted,
-        label_logits_ptr=partials.label_logits,
-        GROUP_N=GROUP_N,
-        TILES_PER_SPLIT=blocks.tiles_per_split,
-        **tile_arguments(hidden_states, head, blocks),
-    )
+    for start, stop, product in products(hidden_states, head.weight, 0, V, blocks, way):
+        _linear_logps_fwd_kernel[(GROUP_N * triton.cdiv(stop - start, split_width), num_groups)](
+            labels_ptr=rows.labels,
+            num_rows_ptr=rows.num_rows,
+            partial_max_ptr=partials.max,
+            partial_sum_ptr=partials.sum,
+            partial_weighted_ptr=partials.weighted,
+            label_logits_ptr=partials.label_logits,
+            GROUP_N=GROUP_N,
+            TILES_PER_SPLIT=blocks.tiles_per_split,
+            **tile_arguments(hidden_states, head, blocks, start, product),
+        )
     return partials
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from copg_kernels.kernels.blocks import GROUP_N, head_blocks
+from copg_kernels.kernels.blocks import GROUP_N
 from copg_kernels.kernels.head import (
     Head,
     cap_slope,
@@ -26,6 +26,7 @@ from copg_kernels.kernels.head import (
 )
 from copg_kernels.kernels.language import LOG2_E, jit, tl, triton
 from copg_kernels.kernels.pack_rows import PackedRows
+from copg_kernels.kernels.product_slices import blocks_of, products, way_of
 
 # float16 flushes probabilities under 6e-8 to zero; the tile's entries are at most 1, so they can be stored larger.
 TILE_SCALE = {torch.float16: 2.0**14}
@@ -34,6 +35,7 @@ TILE_SCALE = {torch.float16: 2.0**14}
 @jit
 def _softmax_minus_label_kernel(
     hidden,  # (R, H), packed; like weight and tile a pointer or a tensor descriptor
+    product_ptr,  # (R, width) float32, or None: see head_logits
     weight,  # (V, H)
     bias_ptr,  # (V,)
     row_index_ptr,  # (R,) int64
@@ -48,6 +50,7 @@ def _softmax_minus_label_kernel(
     V,
     H,
     stride_weight,
+    stride_product,
     padded_width,
     stride_tile,
     logit_scale,
@@ -88,8 +91,8 @@ def _softmax_minus_label_kernel(
     # 3. The forward's logits again, then the probabilities; the label's column is expm1(logp). What belongs to a row is
     # read after the GEMM, through which it would hold registers that are not there.
     parts = head_logits(
-        hidden, pid_n * BLOCK_N, weight, bias_ptr, first_tile + pid_v, R, V, H, stride_weight,
-        logit_scale, inv_softcap, inv_temperature,
+        hidden, product_ptr, pid_n * BLOCK_N, weight, bias_ptr, first_tile + pid_v, first_tile, R, V, H,
+        stride_weight, stride_product, logit_scale, inv_softcap, inv_temperature,
         BIAS_ON_ACC, HAS_SCALE, HAS_CAP, USE_TMA, EVEN_V, EVEN_H, PRECISION, BLOCK_N, BLOCK_V, BLOCK_H,
     )  # fmt: skip
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -139,24 +142,26 @@ def softmax_minus_label(
     Rows of out are `row_stride` apart, and what lies between becomes 0.
     `only` (row blocks,) int32, where given, leaves the blocks of BLOCK_N rows alone that it has 0 for.
     """
-    blocks = head_blocks(head.weight)
+    # Which blocks are meant only the device knows, and cuBLAS would compute them all.
+    way = "fused" if only is not None else way_of(head.weight, "logps")
+    blocks = blocks_of(head.weight, way)
     R, width = out.shape
     assert start % blocks.BLOCK_V == 0 and out.stride(0) % 64 == 0 and out.stride(1) == 1
-    num_tiles, num_groups = triton.cdiv(width, blocks.BLOCK_V), triton.cdiv(R, blocks.BLOCK_N * GROUP_N)
-    _softmax_minus_label_kernel[(GROUP_N * num_tiles, num_groups)](
-        row_index_ptr=rows.row_index,
-        labels_ptr=rows.labels,
-        num_rows_ptr=rows.num_rows,
-        per_token_logps_ptr=per_token_logps,
-        lse_ptr=lse,
-        only_ptr=only,
-        T=per_token_logps.numel(),
-        tile_scale=TILE_SCALE.get(out.dtype, 1.0),
-        first_tile=start // blocks.BLOCK_V,
-        GROUP_N=GROUP_N,
-        **out_arguments(padded(out), blocks),
-        **tile_arguments(hidden_states, head, blocks),
-    )
+    num_groups = triton.cdiv(R, blocks.BLOCK_N * GROUP_N)
+    for first, last, product in products(hidden_states, head.weight, start, start + width, blocks, way):
+        _softmax_minus_label_kernel[(GROUP_N * triton.cdiv(last - first, blocks.BLOCK_V), num_groups)](
+            row_index_ptr=rows.row_index,
+            labels_ptr=rows.labels,
+            num_rows_ptr=rows.num_rows,
+            per_token_logps_ptr=per_token_logps,
+            lse_ptr=lse,
+            only_ptr=only,
+            T=per_token_logps.numel(),
+            tile_scale=TILE_SCALE.get(out.dtype, 1.0),
+            GROUP_N=GROUP_N,
+            **out_arguments(padded(out[:, first - start : last - start]), blocks),
+            **tile_arguments(hidden_states, head, blocks, first, product),
+        )
     return out
 
 
