@@ -146,11 +146,13 @@ def check_return_entropy(return_entropy: bool, sparse_eps: float | None) -> None
         raise ValueError(f"return_entropy needs sparse_eps = None, got {sparse_eps}")
 
 
-def check_workspace(workspace_bytes: int | None, hidden_states: Tensor, num_rows: int, backend: str) -> int:
-    """The budget in bytes, refused when not even one tile fits."""
+def check_workspace(
+    workspace_bytes: int | None, hidden_states: Tensor, num_rows: int, backend: str, weight: Tensor | None = None
+) -> int:
+    """The budget in bytes, refused when not even one tile fits; with `weight`, the head's tuned one by default."""
     least = least_workspace_bytes(num_rows, hidden_states.shape[-1], hidden_states.dtype, hidden_states.device, backend)
     if workspace_bytes is None:
-        return max(default_workspace_bytes(backend), least)
+        return max(default_workspace_bytes(backend, weight), least)
     if isinstance(workspace_bytes, bool) or not isinstance(workspace_bytes, int):
         raise TypeError(f"workspace_bytes must be an int or None, got {type(workspace_bytes).__name__}")
     if workspace_bytes < least:

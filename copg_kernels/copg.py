@@ -244,7 +244,7 @@ def linear_copg_loss(
     backend = checks.resolve_backend(backend, hidden_states)
     checks.check_sparse_eps(sparse_eps, hidden_states.dtype, backend)
     checks.check_return_entropy(return_entropy, sparse_eps)
-    workspace = checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend)
+    workspace = checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend, lm_head_weight)
     checks.check_flag("average_logps", average_logps)
     trains = [checks.needs_gradient(x) for x in (hidden_states, lm_head_weight, bias)]
     loss, logps, regularized_rewards, log_ratios, _, _, _, entropy, *_, gemm_units, statistics = linear_copg_op(

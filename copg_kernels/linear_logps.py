@@ -136,7 +136,7 @@ def _checked(
     checks.check_logit_options(head.logit_scale, head.softcap, head.temperature)
     backend = checks.resolve_backend(backend, hidden_states)
     checks.check_sparse_eps(sparse_eps, hidden_states.dtype, backend)
-    return backend, checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend)
+    return backend, checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend, head.weight)
 
 
 def _trains(hidden_states: Tensor, head: Head) -> list[bool]:

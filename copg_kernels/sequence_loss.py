@@ -90,7 +90,7 @@ def linear_sequence_loss(
     checks.check_sparse_eps(sparse_eps, hidden_states.dtype, backend)
     checks.check_return_entropy(return_entropy, sparse_eps)
     checks.check_flag("average_logps", average_logps)
-    workspace = checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend)
+    workspace = checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend, lm_head_weight)
     ref_logps, rewards = ref_logps.detach(), rewards.detach()
 
     groups = {"group_size": group_size} if cu_groups is None else {"cu_groups": cu_groups}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from copg_kernels.kernels.language import INTERPRETING
+from copg_kernels.tuned import settings_of, widest_block
 
 # Row blocks that share a slice of the head's weight while it is in L2: 8 x 256 rows of 4,096 bf16 are 16 MiB.
 GROUP_N = 8
@@ -86,14 +87,18 @@ def device_kind(device: torch.device) -> str:
 
 
 def head_blocks(weight: Tensor) -> Blocks:
-    """The entry for a head's weight (V, H) and hidden states like it."""
+    """The entry for a head's weight (V, H) and hidden states like it; a regular head's tuned one where there is one."""
     kind, itemsize = device_kind(weight.device), weight.element_size()
-    return BLOCKS[kind, itemsize] if is_regular(weight) else IRREGULAR[kind, itemsize]
+    if not is_regular(weight):
+        return IRREGULAR[kind, itemsize]
+    tuned = settings_of(weight).blocks
+    return BLOCKS[kind, itemsize] if tuned is None else Blocks(**tuned)
 
 
 def vocab_block(device: torch.device, dtype: torch.dtype) -> int:
     """The widest tile of any head on `device`, a multiple of all others."""
-    return BLOCKS[device_kind(device), dtype.itemsize].BLOCK_V
+    # Powers of two: the largest is a multiple of the others.
+    return max(BLOCKS[device_kind(device), dtype.itemsize].BLOCK_V, widest_block(device, dtype))
 
 
 def is_regular(weight: Tensor) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 from copg_kernels.kernels.blocks import SPLIT_TORCH
 from copg_kernels.kernels.head import row_stride
 from copg_kernels.schedules.tile_ops import accumulation_dtype, operand_dtype, vocab_step
+from copg_kernels.tuned import settings_of
 
 # On a GPU the exponentials of 4,067 bf16 tokens of a 128,256-entry vocabulary: by the traffic of dW, which each chunk
 # reads and writes once in float32, 5 % above no chunks on an H200 (computed, not yet measured). On a CPU the logits of
@@ -15,9 +16,10 @@ from copg_kernels.schedules.tile_ops import accumulation_dtype, operand_dtype, v
 _DEFAULT_BYTES = {"triton": 2**30, "torch": 128 * 2**20}
 
 
-def default_workspace_bytes(backend: str) -> int:
-    """The budget where the caller names none."""
-    return _DEFAULT_BYTES[backend]
+def default_workspace_bytes(backend: str, weight: Tensor | None = None) -> int:
+    """The budget where the caller names none: the tuned one of the kernels' head, where there is one."""
+    tuned = None if weight is None or backend == "torch" else settings_of(weight).workspace_bytes
+    return _DEFAULT_BYTES[backend] if tuned is None else tuned
 
 
 def bytes_per_entry(num_rows: int, hidden_size: int, dtype: torch.dtype, backend: str) -> int:

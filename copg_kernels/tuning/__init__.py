@@ -1,0 +1,1 @@
+"""What `python -m copg_kernels.tune` is made of."""
