@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ import torch
 from copg_kernels.kernels.blocks import Blocks
 from copg_kernels.kernels.language import triton
 from copg_kernels.tuned import WAYS, Entry, Settings
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = 1
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -58,6 +64,41 @@ def read(path: Path, device: str) -> tuple[Entry, ...]:
     return tuple(_entry(number, entry) for number, entry in enumerate(entries))
 
 
+def write(path: Path, device: str, entries: list[dict[str, Any]]) -> None:
+    """These entries, in place of a file's own of the same heads; its others stay, where it is one for this device.
+
+    Whoever reads finds the new file or the one before it, whenever this process ends, and of two processes that write
+    at once neither loses what the other has found.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(path):
+        try:
+            read(path, device)
+            kept = contents(path)["entries"]
+        except Unusable:
+            kept = []
+        new = {_head(entry) for entry in entries}
+        every = [*(entry for entry in kept if _head(entry) not in new), *entries]
+        text = json.dumps(origin(device) | {"entries": every}, indent=1, allow_nan=False) + "\n"
+        half = path.with_name(f"{path.name}.{os.getpid()}.half")
+        try:
+            half.write_text(text, encoding="utf-8")
+            os.replace(half, path)
+        finally:
+            half.unlink(missing_ok=True)
+
+
+def is_replaceable(path: Path) -> bool:
+    """Whether nothing is lost with what is there but another such file."""
+    try:
+        return not path.exists() or {"format", "entries"} <= set(contents(path))
+    except Unusable:
+        return False
+
+
 def contents(path: Path) -> dict[str, Any]:
     """The JSON object in a file, as it comes."""
     try:
@@ -69,6 +110,21 @@ def contents(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise Unusable(f"it must be a JSON object, got {_short(content)}")
     return content
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """No other process of this machine is within, where its system can say so."""
+    if fcntl is None:
+        yield
+        return
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _head(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return entry["dtype"], entry["vocab_size"], entry["hidden_size"]
 
 
 def _entry(number: int, entry: Any) -> Entry:
@@ -84,12 +140,13 @@ def _entry(number: int, entry: Any) -> Entry:
     if entry.get("workspace_bytes") is not None:
         _require(_is_count(_MOST_BYTES), entry, "workspace_bytes", where, "null or a positive number of bytes")
     if entry.get("blocks") is not None:
-        _check_blocks(entry["blocks"], f"the blocks of {where}")
+        check_blocks(entry["blocks"], f"the blocks of {where}")
     settings = Settings(*(entry.get(name) for name in Settings._fields))  # type: ignore[arg-type]
     return Entry(DTYPES[entry["dtype"]], entry["vocab_size"], entry["hidden_size"], settings)
 
 
-def _check_blocks(blocks: Any, where: str) -> None:
+def check_blocks(blocks: Any, where: str) -> None:
+    """Raises Unusable where an operator could not take them."""
     if not isinstance(blocks, dict) or set(blocks) != set(Blocks._fields):
         raise Unusable(f"{where} must have the fields {', '.join(Blocks._fields)}, got {_short(blocks)}")
     for name, annotation in Blocks.__annotations__.items():
