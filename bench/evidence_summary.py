@@ -41,6 +41,7 @@ def _from_where(origin: dict[str, Any]) -> str:
             f"- command: `{origin['command']}`",
             f"- commit: {origin['commit']}",
             f"- SHA-256 of copg_kernels/: {origin['source_sha256']}",
+            f"- settings of its heads: {origin['tuned']}",
         ]
     )
 

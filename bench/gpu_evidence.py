@@ -1,11 +1,12 @@
 """Everything a CUDA machine can say about this library, in one command and under nine minutes.
 
-    make gpu-evidence                          tests compiled for the GPU, then bench/run.py --suite full
+    make gpu-evidence                          copg_kernels.tune, tests on the GPU, then bench/run.py --suite full
     python bench/gpu_evidence.py --rehearse    every step of it on a CPU, at tiny shapes, in about two minutes
 
 Each file of tests and each table is a process of its own, and on the disk as it happens. bench/results/<gpu>-<date>/
-gets summary.md, a line for each part; tests.txt, every outcome and traceback; output.txt, what the parts printed;
-results.json, its plots and tables.md. The exit status is 0 if every part ran and passed.
+gets summary.md, a line for each part; tuned.json, the settings that the tables were measured with; tests.txt, every
+outcome and traceback; output.txt, what the parts printed; results.json, its plots and tables.md. The exit status is 0
+if every part ran and passed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import evidence_tables, evidence_tests
+from bench import evidence_tables, evidence_tests, evidence_tune
 from bench.evidence_summary import Page, summary, told
 from bench.files import write_whole
 from bench.loaders import EAGER, OURS
@@ -38,8 +39,9 @@ from bench.parts import PASSED, WAITING, Ended, Line, Stage, run_parts
 from bench.provenance import ROOT, device_name, provenance
 
 MINUTES = 8.5
-# Of all the minutes: the tests together, a file of them, a table; the plots get what is kept back for them.
-TESTS, FILE, TABLE, PLOTS = 0.5, 0.35, 0.2, 0.03
+# Of all the minutes: the tuning; it and the tests together; a file of tests, a table; the plots get what is kept back
+# for them.
+TUNE, TESTS, FILE, TABLE, PLOTS = 0.2, 0.6, 0.35, 0.2, 0.03
 # Compiling keeps CPU cores busy and the GPU idle.
 TEST_JOBS = min(4, os.cpu_count() or 1)
 
@@ -52,6 +54,7 @@ class Kind(NamedTuple):
     test_options: tuple[str, ...] = ()
     table_options: tuple[str, ...] = ()
     table_jobs: int = 1
+    tune_options: tuple[str, ...] = ()
 
 
 EVIDENCE = Kind("# Evidence from a GPU", "cuda", "full", {"TRITON_INTERPRET": "0"})
@@ -63,6 +66,7 @@ REHEARSAL = Kind(
     ("--first-tests", "2"),
     ("--device", "cpu", "--repeats", "2", "--providers", EAGER, OURS),
     table_jobs=2,
+    tune_options=("--head", "96", "16", "--tokens", "8", "--repeats", "3"),
 )
 
 
@@ -101,18 +105,24 @@ def expect_the_worst() -> None:
 def run_everything(run: Run) -> None:
     """What matters most comes first. All parts are on the page from the beginning."""
     kind, log, parts_folder = run.kind, run.folder / "tests.txt", run.folder / "parts"
+    tune = evidence_tune.tune_part(run.folder, TUNE * run.seconds, kind.tune_options)
     tests = evidence_tests.test_parts(log, FILE * run.seconds, kind.test_options)
     tables = evidence_tables.table_parts(parts_folder, kind.suite, TABLE * run.seconds, kind.table_options)
     plots = evidence_tables.plot_part(run.folder, PLOTS * run.seconds)
-    run.lines.update({part.name: Line(part.name, WAITING) for part in (*tests, *tables, plots)})
+    run.lines.update({part.name: Line(part.name, WAITING) for part in (tune, *tests, *tables, plots)})
 
     def judge_table(ended: Ended) -> Line:
         evidence_tables.merge(run.folder, tables, run.page.origin, kind.suite, kind.heading)
         return evidence_tables.judge(ended)
 
+    run_parts([tune], stage(run, TUNE, 1, evidence_tune.judge, COPG_TUNED="off"))
+    tuned = evidence_tune.file_of(run.folder)
+    run.page.origin["tuned"] = tuned.name if tuned.exists() else "the code's defaults"
     threads = str(max(1, (os.cpu_count() or 1) // TEST_JOBS))
     run_parts(tests, stage(run, TESTS, TEST_JOBS, partial(evidence_tests.judge, log), OMP_NUM_THREADS=threads))
-    run_parts(tables, stage(run, 1 - PLOTS, kind.table_jobs, judge_table))
+    # Not what else was tuned on this machine, which nobody could look up.
+    in_force = str(tuned) if tuned.exists() else "off"
+    run_parts(tables, stage(run, 1 - PLOTS, kind.table_jobs, judge_table, COPG_TUNED=in_force))
     run_parts([plots], stage(run, 1.0, 1, evidence_tables.judge_plots))
 
 

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from copg_kernels.tuning.heads import HEADS
+
 REGIMES = {"base": 1.0, "tuned": 0.75, "rl": 0.5}  # name: the divisor s
 SIGNIFICANT = 2.0**-12
 BETA = 0.1
@@ -48,13 +50,7 @@ class BenchInputs(NamedTuple):
     beta: float
 
 
-MODEL_SHAPES = (
-    Shape("llama-3", 128256, 4096, 8192, 1024),
-    Shape("qwen2.5-7b", 152064, 3584, 8192, 1024),
-    Shape("qwen3", 151936, 4096, 8192, 1024),
-    Shape("gemma-2-2b", 256000, 2304, 8192, 1024),
-    Shape("gpt2", 50257, 768, 8192, 1024),
-)
+MODEL_SHAPES = tuple(Shape(name, *sizes, 8192, 1024) for name, sizes in HEADS.items())
 CPU_SHAPES = (
     Shape("cpu-32k", 32000, 512, 2048, 256),
     Shape("cpu-gpt2", 50257, 256, 512, 128),

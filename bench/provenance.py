@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from copg_kernels import tuned
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -30,6 +32,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         | ({"cuda": str(torch.version.cuda)} if device.type == "cuda" else {}),
         "peers": _peer_versions(),
         "num_threads": torch.get_num_threads(),
+        "tuned": tuned_file(device),
     }
 
 
@@ -50,6 +53,13 @@ def device_name(device: torch.device) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{models[0] if models else platform.machine()}, {os.cpu_count()} CPUs"
+
+
+def tuned_file(device: torch.device) -> str:
+    """Whose settings our kernels run with; not where it lies, which is the user's own affair."""
+    name = tuned.device_name(device)
+    path = None if name is None else tuned.in_force(name).path
+    return "the code's defaults" if path is None else path.name
 
 
 def _peer_versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a single tile operation is run on, for bench_kernels.py and tune.py."""
+"""What a single tile operation is run on, for bench_kernels.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ class Tiles(NamedTuple):
     backend: str
 
     def forward(self) -> Partials:
-        width = forward_width(self.head, self.rows, default_workspace_bytes(self.backend), self.backend)
+        width = forward_width(
+            self.head, self.rows, default_workspace_bytes(self.backend, self.head.weight), self.backend
+        )
         return self.ops.linear_logps_fwd(self.hidden_states, self.head, self.rows, width)
 
     def kept_workspace(self) -> Tensor:
@@ -38,7 +40,7 @@ class Tiles(NamedTuple):
         """An empty tile for one slice of the vocabulary."""
         num_rows, (vocab_size, hidden_size) = len(self.rows.row_index), self.head.weight.shape
         dtype, device = self.hidden_states.dtype, self.hidden_states.device
-        budget = default_workspace_bytes(self.backend)
+        budget = default_workspace_bytes(self.backend, self.head.weight)
         width = slice_width(budget, num_rows, (vocab_size, hidden_size), dtype, device, self.backend)
         workspace = self.hidden_states.new_empty((kept_elements(num_rows, width, self.backend),))
         return tile_in(workspace, num_rows, width, self.backend)

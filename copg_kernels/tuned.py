@@ -54,7 +54,8 @@ class InForce(NamedTuple):
     """What a device's file has said."""
 
     entries: tuple[Entry, ...]
-    source: str  # the file, or why there is none: for people
+    path: Path | None  # the file, where it is the source
+    source: str  # it, or why there is none: for people
 
 
 _trying: list[Settings] = []
@@ -125,12 +126,12 @@ def _read(name: str) -> tuple[InForce, str | None]:
 
     named = os.environ.get(VARIABLE, "")
     if named.lower() in OFF:
-        return InForce((), f"{VARIABLE}={named}: the code's defaults"), None
+        return InForce((), None, f"{VARIABLE}={named}: the code's defaults"), None
     path = Path(named).expanduser() if named else default_path(name)
     if path is None or not (named or path.exists()):
-        return InForce((), f"no file{f' {path}' if path else ''}: the code's defaults"), None
+        return InForce((), None, f"no file{f' {path}' if path else ''}: the code's defaults"), None
     try:
-        return InForce(read(path, name), str(path)), None
+        return InForce(read(path, name), path, str(path)), None
     except Unusable as why:
         ignored = f"{path} is ignored, and the code's defaults are in force: {why}"
-        return InForce((), ignored), f"copg_kernels: {ignored} (`python -m copg_kernels.tune` writes a new one)"
+        return InForce((), None, ignored), f"copg_kernels: {ignored} (`python -m copg_kernels.tune` writes a new one)"

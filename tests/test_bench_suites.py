@@ -16,12 +16,9 @@ from bench import (
     suites,
     summaries,
     timing,
-    tune,
 )
 from bench import tables as tables_module
 from bench.inputs import Shape, make_inputs
-from bench.tiles import make_tiles
-from copg_kernels.kernels.blocks import BLOCKS
 from copg_kernels.schedules.workspace import default_workspace_bytes
 from tests.test_bench import CPU, TINY, checked, tiny_table
 
@@ -202,42 +199,6 @@ def test_report_shows_the_heads_and_all_on_request(monkeypatch):
     results = {"provenance": provenance.provenance(CPU), "tables": [table, other]}
     assert report.report(results, "", every_table=False).count("| provider |") == 1
     assert report.report(results, "").count("| provider |") == 2
-
-
-# Tuning
-
-
-def test_tune_blocks_needs_a_gpu_and_leaves_the_table_alone(monkeypatch):
-    if not torch.cuda.is_available():
-        with pytest.raises(SystemExit, match="needs a GPU"):
-            tune.main(["blocks"])
-    # The search itself, on the twins: they read no table, so every candidate takes the same time and the entry stays.
-    monkeypatch.setattr(tune, "device_kind", lambda device: "sm_90")
-    monkeypatch.setattr(tune, "time_alternating", lambda cases, *rest: {c: timing.Timing(1.0, 0.0, 1) for c in cases})
-    before = dict(BLOCKS)
-    tiles = make_tiles(TINY, torch.float32, CPU, "torch")
-    assert tune.tune_blocks(tiles, timing.Rounds(1)) == before["sm_90", 4]
-    assert before == BLOCKS
-
-
-def test_tune_blocks_takes_what_is_faster_and_passes_over_what_fails(monkeypatch):
-    def compare(tiles, key, old, new, rounds):
-        return "does not run (OutOfResources)" if new.num_warps == 8 else 0.5 if new.BLOCK_H == 128 else 1.5
-
-    monkeypatch.setattr(tune, "device_kind", lambda device: "sm_90")
-    monkeypatch.setattr(tune, "compare", compare)
-    tiles = make_tiles(TINY, torch.float32, CPU, "torch")
-    best = tune.tune_blocks(tiles, timing.Rounds(1))
-    assert best.BLOCK_H == 128 and best.num_warps == 4
-
-
-def test_tune_workspace_prints_ratios_and_a_winner(monkeypatch, capsys):
-    monkeypatch.setattr(tune, "WORKSPACE_MIB", (1, 64))
-    monkeypatch.setattr(tune, "default_workspace_bytes", lambda backend: 64 * 2**20)
-    winner = tune.tune_workspace(make_inputs(TINY, "rl", torch.float32, "cpu"), timing.Rounds(3))
-    printed = capsys.readouterr().out
-    assert winner in (1, 64) and "64 MiB: loss+gradients 1.000, frozen head 1.000" in printed
-    assert json.dumps(winner) + " MiB" in printed
 
 
 def test_a_fidelity_that_is_no_number_is_a_row_and_not_the_end_of_the_file():

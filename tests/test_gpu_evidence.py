@@ -11,7 +11,17 @@ from functools import partial
 import pytest
 import torch
 
-from bench import evidence_tables, evidence_tests, fidelity, gpu_evidence, loaders, measure, provenance, suites
+from bench import (
+    evidence_tables,
+    evidence_tests,
+    evidence_tune,
+    fidelity,
+    gpu_evidence,
+    loaders,
+    measure,
+    provenance,
+    suites,
+)
 from bench import parts as parts_module
 from bench.evidence_summary import Page, summary
 from bench.inputs import Shape
@@ -318,7 +328,16 @@ def test_refuses_without_a_gpu(monkeypatch):
         gpu_evidence.main([])
 
 
-def planted(monkeypatch, tests, tables):
+TUNED = "import sys; open(sys.argv[1], 'w').write('{\"entries\": [{}]}')"
+
+
+def tune_part(folder, code=TUNED):
+    file = str(evidence_tune.file_of(folder))
+    return python("tune", code, 30.0, (), file, "--out", file)
+
+
+def planted(monkeypatch, tests, tables, tune=TUNED):
+    monkeypatch.setattr(evidence_tune, "tune_part", lambda folder, seconds, options: tune_part(folder, tune))
     monkeypatch.setattr(evidence_tests, "test_parts", lambda log, seconds, options: tests)
     monkeypatch.setattr(evidence_tables, "table_parts", lambda folder, suite, seconds, options: tables(folder))
     monkeypatch.setattr(evidence_tables, "plot_part", lambda folder, seconds: python("plots", ""))
@@ -342,7 +361,7 @@ def test_the_page_is_true_after_every_part_and_says_rehearsal(monkeypatch, tmp_p
     assert gpu_evidence.main(["--rehearse", "--out", str(tmp_path / "new")]) == 1
     for page in pages:
         assert page.startswith("# REHEARSAL") and "**Not finished**" in page
-        assert all(name in page for name in ("| test_a.py |", "| test_b.py |", "| table 1 |", "| plots |"))
+        assert all(name in page for name in ("| tune |", "| test_a.py |", "| test_b.py |", "| table 1 |", "| plots |"))
     # Each of the two waited, ran, and came to an end.
     after_the_first = next(page for page in pages if "SIGSEGV" in page)
     assert "| test_a.py | **crashed**: SIGSEGV: so far |" in after_the_first
@@ -350,14 +369,41 @@ def test_the_page_is_true_after_every_part_and_says_rehearsal(monkeypatch, tmp_p
 
     final = (tmp_path / "new" / "summary.md").read_text()
     origin = provenance.provenance(CPU)
-    assert final.startswith("# REHEARSAL") and "1 of 4 parts did not pass, 0 of them not run" in final
+    assert final.startswith("# REHEARSAL") and "1 of 5 parts did not pass, 0 of them not run" in final
     torch_version = f"torch {origin['versions']['torch']}"
     assert all(text in final for text in (origin["source_sha256"], origin["device"], torch_version))
     assert "- command: `" in final and "- date: " in final and "test_gpu_evidence.py" in final
     assert final in capsys.readouterr().out
     left = {path.name for path in (tmp_path / "new").iterdir()}
-    assert left == {"summary.md", "output.txt", "results.json", "tables.md"}
+    assert left == {"summary.md", "tuned.json", "output.txt", "results.json", "tables.md"}
     assert "== test_a.py\nso far\n" in (tmp_path / "new" / "output.txt").read_text()
+
+
+@pytest.mark.parametrize("tune", [TUNED, DIE])
+def test_tables_are_measured_with_what_was_tuned_just_before_or_with_the_defaults(monkeypatch, tmp_path, results, tune):
+    """And never with what else was tuned on the machine."""
+    monkeypatch.setenv("COPG_TUNED", "elsewhere.json")
+    out = tmp_path / "out"
+    in_force = str(out / "tuned.json") if tune is TUNED else "off"
+    write = f"import os; assert os.environ['COPG_TUNED'] == {in_force!r}; {WRITE}"
+
+    def tables(folder):
+        part = table_part(folder, "table 1", 1, results)
+        return [part._replace(command=(*part.command[:3], write, *part.command[4:]))]
+
+    planted(monkeypatch, [python("test_a.py", "")], tables, tune)
+    assert gpu_evidence.main(["--rehearse", "--out", str(out)]) == (tune is DIE)
+    page, file = (out / "summary.md").read_text(), "tuned.json" if tune is TUNED else "the code's defaults"
+    assert "| table 1 | passed" in page and f"- settings of its heads: {file}" in page
+    assert ("| tune | passed: 1 heads |" if tune is TUNED else "| tune | **crashed**: 0 heads; SIGSEGV") in page
+    assert json.loads((out / "results.json").read_text())["provenance"]["tuned"] == file
+
+
+def test_the_rehearsed_tuning_is_tiny_and_within_its_time(tmp_path):
+    part = evidence_tune.tune_part(tmp_path, 120.0, gpu_evidence.REHEARSAL.tune_options)
+    options = dict(zip(part.command, part.command[1:], strict=False))
+    assert float(options["--minutes"]) * 60 <= 0.8 * part.seconds
+    assert int(options["--head"]) * int(options["--tokens"]) <= 2**10
 
 
 def test_only_a_run_of_which_every_part_passed_is_a_success(monkeypatch, tmp_path, results):
@@ -369,7 +415,7 @@ def test_only_a_run_of_which_every_part_passed_is_a_success(monkeypatch, tmp_pat
     before = (tmp_path / "out" / "summary.md").read_text()
     assert gpu_evidence.main([*arguments, "--minutes", "0"]) == 1
     assert (tmp_path / "out" / "summary.md").read_text() == before
-    assert "3 of 3 parts did not pass, 3 of them not run" in (tmp_path / "out-2" / "summary.md").read_text()
+    assert "4 of 4 parts did not pass, 4 of them not run" in (tmp_path / "out-2" / "summary.md").read_text()
 
 
 def test_evidence_of_the_same_day_gets_a_folder_of_its_own(tmp_path):

@@ -114,13 +114,16 @@ def contents(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """No other process of this machine is within, where its system can say so."""
+    """No other process of this machine is within for this folder, where its system can say so."""
     if fcntl is None:
         yield
         return
-    with path.with_name(f"{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(folder)  # and with it goes the lock
 
 
 def _head(entry: dict[str, Any]) -> tuple[Any, ...]:
