@@ -1,8 +1,8 @@
 """The specification: every quantity of this package in plain PyTorch, written like the papers.
 
 Nothing here is fast and nothing is fused; the full logits exist, the contrast is a double loop over pairs. All
-functions compute in the dtype of their operands, float64 included, and autograd runs through them. Tests and
-benchmarks measure the fused operators against this file; the package itself never calls it.
+functions compute in the dtype of their operands, float64 included, and autograd runs through them. Tests,
+benchmarks and `copg_kernels.tune` measure the fused operators against this file; no operator calls it.
 """
 
 from __future__ import annotations

@@ -70,8 +70,8 @@ def settings_of(weight: Tensor) -> Settings:
 
 def settings_for(device: torch.device, dtype: torch.dtype, vocab_size: int, hidden_size: int) -> Settings:
     """For a head of this shape. Also while torch.compile traces, for which a size may be a symbol."""
-    if _trying:
-        return _trying[-1]
+    for settings in _trying[-1:]:
+        return settings
     for entry in _entries(device):
         if entry.dtype == dtype and entry.vocab_size == vocab_size and entry.hidden_size == hidden_size:
             return entry.settings
@@ -127,8 +127,8 @@ def _read(name: str) -> tuple[InForce, str | None]:
     named = os.environ.get(VARIABLE, "")
     if named.lower() in OFF:
         return InForce((), None, f"{VARIABLE}={named}: the code's defaults"), None
-    path = Path(named).expanduser() if named else default_path(name)
-    if path is None or not (named or path.exists()):
+    path = Path(os.path.expanduser(named)) if named else default_path(name)
+    if path is None or not (named or os.path.exists(path)):
         return InForce((), None, f"no file{f' {path}' if path else ''}: the code's defaults"), None
     try:
         return InForce(read(path, name), path, str(path)), None

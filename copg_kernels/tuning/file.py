@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
@@ -152,8 +152,8 @@ def check_blocks(blocks: Any, where: str) -> None:
     """Raises Unusable where an operator could not take them."""
     if not isinstance(blocks, dict) or set(blocks) != set(Blocks._fields):
         raise Unusable(f"{where} must have the fields {', '.join(Blocks._fields)}, got {_short(blocks)}")
-    for name, annotation in Blocks.__annotations__.items():
-        is_right, expected = _FIELDS.get(name) or _TYPES.get(str(annotation), (lambda value: True, ""))
+    for name, kind in get_type_hints(Blocks).items():
+        is_right, expected = _FIELDS.get(name) or _TYPES[kind]
         _require(is_right, blocks, name, where, expected)
 
 
@@ -180,10 +180,9 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "precision": (lambda value: value in ("ieee", "tf32x3"), "ieee or tf32x3"),
     "max_registers": (lambda value: value is None or _is_count(255)(value), "null or a number up to 255"),
 }
-_TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "int": (_is_count(2**20), "a positive number"),
-    "bool": (lambda value: isinstance(value, bool), "true or false"),
-    "str": (lambda value: isinstance(value, str), "a string"),
+_TYPES: dict[type, tuple[Callable[[Any], bool], str]] = {
+    int: (_is_count(2**20), "a positive number"),
+    bool: (lambda value: isinstance(value, bool), "true or false"),
 }
 
 

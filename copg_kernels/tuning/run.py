@@ -60,15 +60,13 @@ def found_entries(plan: Plan, say: Callable[[str], object]) -> Iterator[tuple[He
     progress = dict.fromkeys(plan.heads, Progress())
     steps = [(trials, head) for trials in (ways_and_workspace, blocks) for head in plan.heads]
     for number, (trials, head) in enumerate(steps):
-        now = time.monotonic()
         if head not in progress:
             continue
-        if now > plan.until:
+        if time.monotonic() > plan.until:
             say("the time is up")
             return
-        budget = Budget(plan.repeats, now + (plan.until - now) / (len(steps) - number))
         try:
-            progress[head], entry = _step(plan, head, progress[head], trials, budget, say)
+            progress[head], entry = _step(plan, head, progress[head], trials, 1 / (len(steps) - number), say)
             yield head, entry
         except (Refused, torch.OutOfMemoryError) as failure:
             del progress[head]
@@ -81,13 +79,16 @@ def named(head: Head) -> str:
 
 
 def _step(
-    plan: Plan, head: Head, progress: Progress, trials: Trials, budget: Budget, say: Callable[[str], object]
+    plan: Plan, head: Head, progress: Progress, trials: Trials, share: float, say: Callable[[str], object]
 ) -> tuple[Progress, dict[str, Any]]:
+    """`share` of the time that is left once the inputs are there and the code's defaults are compiled."""
     case = make_case(head, plan.num_tokens, plan.device)
     if not progress.tried:
         wrong = checked(case, Settings())
         if wrong is not None:
             raise Refused(f"with the code's defaults, {wrong}")
+    now = time.monotonic()
+    budget = Budget(plan.repeats, now + share * max(0.0, plan.until - now))
     for settings, tried in improved(case, progress.settings, trials, budget):
         progress = Progress(settings, (*progress.tried, tried))
         say(f"{named(head)}: {_told(tried)}")

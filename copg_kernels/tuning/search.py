@@ -18,7 +18,17 @@ from copg_kernels.schedules.tile_ops import can_keep_tiles
 from copg_kernels.schedules.workspace import default_workspace_bytes
 from copg_kernels.tuned import WAYS, Settings
 from copg_kernels.tuning.file import Unusable, check_blocks
-from copg_kernels.tuning.passes import FROZEN, LOG_PROBS, PASSES, SPARSE_EPS, TRAINABLE, UPSTREAM, Case, Run
+from copg_kernels.tuning.passes import (
+    FROZEN,
+    LOG_PROBS,
+    PASSES,
+    SPARSE_EPS,
+    SPARSE_ERROR,
+    TRAINABLE,
+    UPSTREAM,
+    Case,
+    Run,
+)
 from copg_kernels.tuning.timing import Compared, compare, time_once
 
 TAKEN, STAYS = "taken", "not faster"
@@ -115,7 +125,7 @@ def sparse_beside_exact(case: Case, settings: Settings, rounds: int) -> Compared
         return None
     exact, sparse = (_within(settings, case.runs(eps)[TRAINABLE]) for eps in (None, SPARSE_EPS))
     try:
-        wrong = case.wrong(TRAINABLE, sparse())
+        wrong = case.wrong(TRAINABLE, sparse(), SPARSE_ERROR)
         exact()
         return f"wrong numbers: {wrong}" if wrong else compare({"": (exact, sparse)}, rounds, _device(case))["all"]
     except Exception as failure:
