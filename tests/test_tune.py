@@ -7,7 +7,10 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import warnings
+from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ from copg_kernels.tuning.passes import Head, make_case
 if not INTERPRETING:
     pytest.skip("at shapes for the interpreter, whose device these files name", allow_module_level=True)
 
+ROOT = Path(__file__).resolve().parents[1]
 CPU, NAME = torch.device("cpu"), tuned.INTERPRETER
 V, H = 64, 16
 HEAD = Head(torch.float32, V, H)
@@ -157,7 +161,8 @@ def workspace_of(hidden_states, weight):
 def test_a_file_is_read_once_by_many_threads(monkeypatch, path):
     file.write(path, NAME, [entry_of()])
     read, times = file.read, []
-    monkeypatch.setattr(file, "read", lambda *arguments: times.append(1) or read(*arguments))
+    slowly = lambda *arguments: times.append(1) or time.sleep(0.05) or read(*arguments)
+    monkeypatch.setattr(file, "read", slowly)
     found = []
     threads = [threading.Thread(target=lambda: found.append(tuned.settings_of(weight_of()))) for _ in range(16)]
     for thread in threads:
@@ -255,7 +260,9 @@ def test_a_warning_that_is_an_error_is_raised_once_and_training_goes_on(path):
 def test_the_variable_turns_it_off(monkeypatch, path, value):
     file.write(path, NAME, [entry_of()])
     monkeypatch.setenv("COPG_TUNED", value)
-    assert head_blocks(weight_of()) == ENTRY
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert head_blocks(weight_of()) == ENTRY
 
 
 def test_the_variable_names_another_file(monkeypatch, tmp_path, path):
@@ -403,6 +410,7 @@ def test_from_end_to_end(clock, path, capsys):
     fields = {row["field"] for row in entry["measured"]["tried"]}
     assert {"logps", "loss", "workspace_bytes", "tiles_per_split", "BLOCK_N", "BLOCK_V", "BLOCK_H"} <= fields
     assert [row["regime"] for row in entry["measured"]["sparse"]] == ["peaked", "flat"]
+    assert entry["measured"]["log_ratio_at_reference"] == 0 and "log-ratio at the reference" in printed
 
     assert head_blocks(weight_of()) == WIDER
     logps = token_logps(weight_of())
@@ -449,6 +457,19 @@ def test_a_candidate_whose_bits_change_is_named(monkeypatch, case):
 
     monkeypatch.setattr(passes.Case, "runs", planted)
     assert search.checked(case, Settings()) == "wrong numbers: log-probs has other bits when it runs again"
+
+
+def test_ways_that_part_the_policy_from_its_reference_are_told(monkeypatch, case):
+    """Two ways to make the same logits differ in their last bits."""
+    assert search.log_ratio_at_reference(case, Settings()) == 0
+    op = copg_kernels.copg.linear_copg_op
+
+    def parted(*arguments):
+        loss, logps, *rest = op(*arguments)
+        return loss, logps + 2.0**-10 * (tuned.settings_of(case.weight).loss == "sliced"), *rest
+
+    monkeypatch.setattr(copg_kernels.copg, "linear_copg_op", parted)
+    assert search.log_ratio_at_reference(case, Settings(loss="sliced")) == pytest.approx(2.0**-10, rel=0.1)
 
 
 def test_a_candidate_that_does_not_run_is_named_and_the_next_one_has_its_turn(monkeypatch, clock, case):
@@ -505,6 +526,9 @@ def test_no_candidate_is_begun_when_the_time_is_up(clock, case):
 # The command
 
 
+MEASURED = {"gemm_seconds": 1.0, "log_ratio_at_reference": 0.0, "passes": [], "tried": [], "sparse": []}
+
+
 def test_a_bound_of_no_time_leaves_a_whole_file(path, capsys):
     assert tune.main(["--minutes", "1e-9"]) == 0
     assert file.read(path, NAME) == ()
@@ -514,7 +538,7 @@ def test_a_bound_of_no_time_leaves_a_whole_file(path, capsys):
 
 def test_what_was_found_before_an_interrupt_is_kept(monkeypatch, path, capsys):
     def interrupted(plan, say):
-        yield HEAD, entry_of() | {"measured": {"gemm_seconds": 1.0, "passes": [], "tried": [], "sparse": []}}
+        yield HEAD, entry_of() | {"measured": MEASURED}
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tune, "found_entries", interrupted)
@@ -540,7 +564,7 @@ def test_a_head_that_is_wrong_with_the_defaults_is_refused_and_the_others_go_on(
 
 def test_a_device_that_broke_ends_the_run_and_keeps_what_was_found(monkeypatch, path, capsys):
     def lost(plan, say):
-        yield HEAD, entry_of() | {"measured": {"gemm_seconds": 1.0, "passes": [], "tried": [], "sparse": []}}
+        yield HEAD, entry_of() | {"measured": MEASURED}
         raise search.Lost("the GPU no longer answers")
 
     monkeypatch.setattr(tune, "found_entries", lost)
@@ -622,6 +646,21 @@ def test_the_block_candidates_are_ones_that_a_file_may_have(case):
 def test_the_table_of_every_gpu_is_one_that_a_file_may_have():
     for entry in [*BLOCKS.values(), *table.IRREGULAR.values()]:
         file.check_blocks(entry._asdict(), "the entry")
+
+
+def test_what_the_page_shows_can_be_run(monkeypatch):
+    page = (ROOT / "docs" / "tuning.md").read_text()
+    commands = re.findall(r"^python -m copg_kernels\.tune(.*?)(?:#.*)?$", page, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        tune._parser().parse_args(command.split())
+    called = []
+    monkeypatch.setattr(
+        tune, "tune", create_autospec(tune.tune, side_effect=lambda *given, **named: called.append(given))
+    )
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    exec(code, {})
+    assert called == [([HEADS["llama-3"]],)]
 
 
 def test_the_heads_are_the_benchmarks():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from copg_kernels import tuned
+from copg_kernels.copg import sequence_logps
 from copg_kernels.kernels.blocks import Blocks, head_blocks, is_regular
 from copg_kernels.kernels.language import INTERPRETING
 from copg_kernels.schedules.tile_ops import can_keep_tiles
@@ -117,6 +118,14 @@ def checked(case: Case, settings: Settings) -> str | None:
 def measured(case: Case, best: Settings, rounds: int) -> dict[str, Compared]:
     """The settings beside the code's, in each pass and in "all"."""
     return _compare(case, Settings(), best, PASSES, rounds)
+
+
+def log_ratio_at_reference(case: Case, settings: Settings) -> float:
+    """Between a loss's log-probs and those of `linear_logps`, of the same policy: 0 where both have the same bits."""
+    runs = case.runs()
+    with tuned.trying(settings):
+        reference = sequence_logps(runs[LOG_PROBS]()[0], case.labels)
+        return max((runs[name]()[-1] - reference).abs().max().item() for name in (TRAINABLE, FROZEN))
 
 
 def sparse_beside_exact(case: Case, settings: Settings, rounds: int) -> Compared | str | None:

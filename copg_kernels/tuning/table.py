@@ -36,6 +36,7 @@ def _rows(entry: dict[str, Any]) -> list[tuple[str, ...]]:
         *(("code's defaults", each["pass"], *_times(each["default_seconds"], unit)) for each in found["passes"]),
         *((each["field"], each["value"], "", "", *_ratio(each), each["verdict"]) for each in found["tried"]),
         *(("kept settings", each["pass"], *_times(each["seconds"], unit), *_ratio(each)) for each in found["passes"]),
+        ("kept settings", "log-ratio at the reference", "", "", "", "", f"{found['log_ratio_at_reference']:.2g} nats"),
         *(("sparse / exact", each["regime"], "", "", *_ratio(each), each["verdict"]) for each in found["sparse"]),
     ]
     head = f"{entry['dtype']} {entry['vocab_size']} x {entry['hidden_size']}"
