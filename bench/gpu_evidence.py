@@ -66,7 +66,7 @@ REHEARSAL = Kind(
     ("--first-tests", "2"),
     ("--device", "cpu", "--repeats", "2", "--providers", EAGER, OURS),
     table_jobs=2,
-    tune_options=("--head", "96", "16", "--tokens", "8", "--repeats", "3"),
+    tune_options=("--head", "64", "16", "--tokens", "8", "--repeats", "3", "--minutes", "0.1"),
 )
 
 

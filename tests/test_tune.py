@@ -501,6 +501,16 @@ def test_what_is_within_the_spread_or_next_to_nothing_is_not_taken(monkeypatch):
     assert noisy.ratio == pytest.approx(0.9) and noisy.spread == pytest.approx(0.2) and not noisy.is_faster
 
 
+def test_what_wins_once_by_chance_is_not_taken(monkeypatch, case):
+    fast, slow = (timing.Compared(1.0, ratio, ratio, 0.0) for ratio in (0.9, 1.0))
+    for found, taken in (([fast, slow], False), ([slow, fast], False), ([fast, fast], True)):
+        times = iter(found)
+        monkeypatch.setattr(search, "_compare", lambda *given, times=times: {"all": next(times)})
+        monkeypatch.setattr(search, "checked", lambda *given: None)
+        best, (tried,) = tried_of(case, lambda case, best: [trial("loss", "sliced")])
+        assert (best.loss == "sliced") == taken and tried.verdict == (search.TAKEN if taken else search.STAYS)
+
+
 def test_only_the_passes_of_a_question_decide_it(clock, case):
     asked = []
     clock(lambda settings: asked.append(settings) or 1.0)
@@ -533,7 +543,7 @@ def test_a_bound_of_no_time_leaves_a_whole_file(path, capsys):
     assert tune.main(["--minutes", "1e-9"]) == 0
     assert file.read(path, NAME) == ()
     printed, progress = capsys.readouterr()
-    assert "float32 96 x 16: nothing found" in printed and "the time is up" in progress
+    assert "float32 64 x 16: nothing found" in printed and "the time is up" in progress
 
 
 def test_what_was_found_before_an_interrupt_is_kept(monkeypatch, path, capsys):

@@ -14,7 +14,7 @@ HEADS: dict[str, tuple[int, int]] = {
     "gpt2": (50257, 768),
 }
 # The interpreter runs every element of a tile in Python: enough of them for several tiles and splits.
-INTERPRETED = (96, 16)
+INTERPRETED = (64, 16)
 
 
 def head_of_model(folder: Path) -> tuple[int, int]:
