@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -171,9 +170,8 @@ def blocks(case: Case, best: Settings) -> Iterator[Trial]:
     if not is_regular(case.weight):
         return
     table = table_entry(case.weight, best)
-    splits = {table.tiles_per_split // 2, 2 * table.tiles_per_split, _even_splits(case, table)}
-    choices: list[dict[str, Any]] = [{"tiles_per_split": number} for number in sorted(splits) if number]
-    choices += [
+    choices: list[dict[str, Any]] = [
+        *({"tiles_per_split": number} for number in (table.tiles_per_split // 2, 2 * table.tiles_per_split)),
         {"BLOCK_N": table.BLOCK_V, "BLOCK_V": table.BLOCK_N},
         *({"BLOCK_N": size} for size in (table.BLOCK_N // 2, 2 * table.BLOCK_N)),
         *({"BLOCK_V": size} for size in (table.BLOCK_V // 2, 2 * table.BLOCK_V)),
@@ -219,23 +217,6 @@ def _with_blocks(weight: Tensor, fields: dict[str, Any], settings: Settings) -> 
     entry = table_entry(weight, settings)
     changed = entry._replace(**fields)
     return settings if changed == entry else settings._replace(blocks=changed._asdict())
-
-
-def _even_splits(case: Case, table: Blocks) -> int:
-    """The tiles per split with which the streaming pass's programs end at about the same time."""
-    if not case.weight.is_cuda:
-        return 0
-    multiprocessors = torch.cuda.get_device_properties(case.weight.device).multi_processor_count
-    row_blocks, tiles = -(-case.labels.numel() // table.BLOCK_N), -(-len(case.weight) // table.BLOCK_V)
-
-    def makespan(per_split: int) -> int:
-        ends = [0] * multiprocessors
-        for first in range(0, tiles, per_split):
-            for _ in range(row_blocks):
-                heapq.heapreplace(ends, ends[0] + min(per_split, tiles - first))
-        return max(ends)
-
-    return min(range(8, 129), key=lambda number: (makespan(number), number))
 
 
 def _spare_bytes(case: Case) -> int:
