@@ -2,7 +2,7 @@
 
     python -m tests.compile_report [--targets sm_90,...] [--all] [--json FILE]
 
-The cases are the launches of tests/calls.py, recorded: see tests/recording.py. One row per compilation: registers,
+The cases are the launches of tests/calls.py, recorded: see bench/recording.py. One row per compilation: registers,
 spills in bytes per thread, shared memory, which matrix instruction was chosen, and unfenced copies.
 
 --all takes minutes per target. Without it float32 is compiled for sm_80 and sm_90 alone, and float16, the plain
@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
-import tempfile
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
@@ -26,10 +24,11 @@ from typing import NamedTuple
 import torch
 import triton
 
+from bench.compiled import compiled, cuobjdump, read_nvidia
+from bench.recording import TARGETS, Variant, recorded
 from copg_kernels import linear_copg_loss
 from tests import calls
 from tests.calls import ALIGNED, EVEN, FULL, MULTIPLE, ONE, ONE_MORE, PLAIN, PRIME, Call
-from tests.recording import TARGETS, Variant, recorded
 
 # What a matrix product compiles to, in PTX or AMD's assembly: warp-group and tcgen05 instructions where there are any.
 MATRIX_INSTRUCTION = {
@@ -92,9 +91,9 @@ def compile_variant(case: tuple[str, bool, tuple]) -> Row:
     """Compile one and read the binary."""
     target, everything, key = case
     variant = variants(target, everything)[key]
-    compiled = triton.compile(variant.source, target=TARGETS[target], options=variant.options)
-    read = _read_amd if target.startswith("gfx") else _read_nvidia
-    registers, spills, code = read(compiled)
+    kernel = compiled(variant, target)
+    read = _read_amd if target.startswith("gfx") else read_nvidia
+    registers, spills, code = read(kernel)
     return Row(
         target,
         variant.name,
@@ -102,43 +101,28 @@ def compile_variant(case: tuple[str, bool, tuple]) -> Row:
         variant.describe(),
         registers,
         spills,
-        compiled.metadata.shared,
+        kernel.metadata.shared,
         len(re.findall(MATRIX_INSTRUCTION[target], code)),
-        target in ("sm_90", "sm_100") and _copies_and_multiplies(code) and _is_unfenced(compiled),
+        target in ("sm_90", "sm_100") and _copies_and_multiplies(code) and _is_unfenced(kernel),
     )
 
 
-def _read_nvidia(compiled) -> tuple[int, int, str]:
-    """Registers, the stack that a thread spills to, and PTX."""
-    usage = _cuobjdump("--dump-resource-usage", compiled)
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    return registers, stack, compiled.asm["ptx"]
-
-
-def _read_amd(compiled) -> tuple[int, int, str]:
-    assembly = compiled.asm["amdgcn"]
+def _read_amd(kernel) -> tuple[int, int, str]:
+    assembly = kernel.asm["amdgcn"]
     fields = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", assembly))
     scratch = len(re.findall(r"\bscratch_(?:load|store)", assembly))
     return int(fields["vgpr_count"]), int(fields["vgpr_spill_count"]) + scratch, assembly
-
-
-def _cuobjdump(option: str, compiled) -> str:
-    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        return subprocess.run([program, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _copies_and_multiplies(ptx: str) -> bool:
     return bool(re.search(r"cp\.async\.(?:ca|cg)", ptx) and re.search(r"wgmma\.mma_async|tcgen05\.mma", ptx))
 
 
-def _is_unfenced(compiled) -> bool:
+def _is_unfenced(kernel) -> bool:
     """Whether between a background copy and the next matrix instruction no fence makes it visible."""
     pattern = r"\b(LDGSTS|FENCE\.VIEW\.ASYNC|HGMMA|UTC\w*MMA)\b"
     before = ""
-    for instruction in re.findall(pattern, _cuobjdump("--dump-sass", compiled)):
+    for instruction in re.findall(pattern, cuobjdump("--dump-sass", kernel)):
         if before == "LDGSTS" and instruction.endswith("MMA"):
             return True
         before = instruction

@@ -100,8 +100,8 @@ def test_a_kernel_that_spills_is_seen(tmp_path):
         textwrap.dedent("""
         import triton, triton.language as tl
         from triton.compiler import ASTSource
-        from tests.compile_report import _read_nvidia
-        from tests.recording import TARGETS
+        from bench.compiled import read_nvidia
+        from bench.recording import TARGETS
 
         @triton.jit
         def rows(x_ptr, out_ptr, BLOCK: tl.constexpr):
@@ -112,7 +112,7 @@ def test_a_kernel_that_spills_is_seen(tmp_path):
         for registers in (32, 255):
             options = dict(num_warps=4, maxnreg=registers)
             compiled = triton.compile(source, target=TARGETS["sm_90"], options=options)
-            print(_read_nvidia(compiled)[1])
+            print(read_nvidia(compiled)[1])
         """)
     )
     few, enough = map(int, run_without_interpreter(str(script)).split())

@@ -7,7 +7,7 @@ From there on its own code says what the launch compiles: the types of the argum
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
@@ -51,14 +51,25 @@ class Variant(NamedTuple):
         return ", ".join(f"{names[i]}={value}" for (i, *_), value in sorted(self.source.constants.items()))
 
 
+class Launch(NamedTuple):
+    """One launch of it."""
+
+    variant: Variant
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+
 @contextmanager
-def recorded(target: str) -> Iterator[dict[tuple, Variant]]:
-    """Within, launches are for `target` and none is run; yields the variants of them, each once."""
+def recorded(target: str, launched: Callable[[Launch], None] | None = None) -> Iterator[dict[tuple, Variant]]:
+    """Within, launches are for `target` and none is run; yields the variants of them, each once.
+
+    `launched` is told of every launch, in their order.
+    """
     backend = make_backend(TARGETS[target])
     binders: dict[JITFunction, Any] = {}
     variants: dict[tuple, Variant] = {}
 
-    def write_down(self, *args, grid, warmup, **kwargs) -> None:
+    def write_down(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         if self not in binders:
             binders[self] = create_function_from_signature(self.signature, self.params, backend)
         bound, specialization, options = binders[self](*args, **kwargs)
@@ -66,6 +77,9 @@ def recorded(target: str) -> Iterator[dict[tuple, Variant]]:
         if key not in variants:
             options, *source = self._pack_args(backend, kwargs, bound, specialization, options)
             variants[key] = Variant(self, ASTSource(self, *source), options.__dict__)
+        if launched is not None:
+            arguments = dict(bound)
+            launched(Launch(variants[key], grid(arguments) if callable(grid) else tuple(grid), arguments))
 
     is_amd = target.startswith("gfx")
     capability = (0, 0) if is_amd else divmod(TARGETS[target].arch, 10)
