@@ -51,6 +51,7 @@ class Part(NamedTuple):
     units: Range
     gigabytes: float
     about: str
+    l2: Range  # of the units: what the kernel's tiles ask of the L2 takes at least
 
 
 class Prediction(NamedTuple):
@@ -102,7 +103,7 @@ def predict(
 def _prediction(path: str, shape: Shape, costs: list[Cost], gpu: Gpu, note: str) -> Prediction:
     operations = 2 * shape.num_tokens * shape.vocab_size * shape.hidden_size
     unit = operations / gpu.cublas.best
-    seconds = _sum(costs)
+    seconds = _sum(one.seconds for one in costs)
     return Prediction(
         path,
         seconds.times(1 / unit),
@@ -120,15 +121,18 @@ def _parts(costs: list[Cost], unit: float) -> list[Part]:
     equal: dict[tuple[str, str], list[Cost]] = {}
     for one in costs:
         equal.setdefault((one.name, one.about), []).append(one)
-    parts = [
-        Part(name, len(members), _sum(members).times(1 / unit), sum(one.bytes for one in members) / 1e9, about)
-        for (name, about), members in equal.items()
-    ]
-    return sorted(parts, key=lambda part: -part.units.high)
+    return sorted((_part(members, unit) for members in equal.values()), key=lambda part: -part.units.high)
 
 
-def _sum(costs: list[Cost]) -> Range:
-    return Range(sum(one.seconds.low for one in costs), sum(one.seconds.high for one in costs))
+def _part(equal: list[Cost], unit: float) -> Part:
+    seconds, l2 = (_sum(ranges).times(1 / unit) for ranges in ([x.seconds for x in equal], [x.l2 for x in equal]))
+    first = equal[0]
+    return Part(first.name, len(equal), seconds, sum(one.bytes for one in equal) / 1e9, first.about, l2)
+
+
+def _sum(ranges: Iterable[Range]) -> Range:
+    lows, highs = zip(*ranges, strict=True)
+    return Range(sum(lows), sum(highs))
 
 
 def _note(path: OperatorPath, shape: Shape, passes: list[Pass], gpu: Gpu, way: str) -> str:

@@ -76,7 +76,10 @@ def _breakdowns(head: dict[str, Any]) -> list[str]:
 
 def _part(part: dict[str, Any]) -> tuple[str, ...]:
     size = f"{part['gigabytes']:.2f} GB"
-    return part["name"], f"{part['launches']} x", _range(part["units"], ".3f"), size, part["about"]
+    about = part["about"]
+    if any(part["l2"]):
+        about += f"; by the L2 alone {_range(part['l2'])}"
+    return part["name"], f"{part['launches']} x", _range(part["units"], ".3f"), size, about
 
 
 def _added(parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -86,6 +89,7 @@ def _added(parts: list[dict[str, Any]]) -> dict[str, Any]:
         units=tuple(sum(part["units"][end] for part in parts) for end in (0, 1)),
         gigabytes=sum(part["gigabytes"] for part in parts),
         about="",
+        l2=(0, 0),
     )
 
 

@@ -16,13 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
-from bench.costs import OF_ENTRIES, ONE_PER_ROW, RETURNS, _makespan
+from bench.costs import OF_ENTRIES, ONE_PER_ROW, RETURNS
 from bench.gpus import GPUS
 from bench.inputs import SHAPES
 from bench.machine_code import parse
 from bench.measured_units import measured_units
 from bench.predict import TARGETS, main
 from bench.prediction_tables import verdict
+from bench.tile_costs import makespan
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = ("--heads", "llama-3")
@@ -131,7 +132,7 @@ def test_the_other_way_is_another_prediction_or_says_that_it_is_none(recorded):
 
 def test_what_is_known_of_kernels_is_known_of_kernels_that_are_launched(recorded):
     launches = {tuple(launch) for launch in recorded["launches"]}
-    assert RETURNS.items() <= launches and ONE_PER_ROW <= launches
+    assert RETURNS <= launches and ONE_PER_ROW <= launches
     assert set(OF_ENTRIES) <= {argument for _, argument in launches}
 
 
@@ -202,9 +203,18 @@ SASS = """
 """
 
 
+STREAMING = """
+        /*0000*/                   MOV R2, RZ ;
+        /*0010*/                   LDG.E.128 R4, [R2] ;
+        /*0020*/                   STG.E.64 [R2], R4 ;
+        /*0030*/               @P0 BRA 0x10 ;
+        /*0040*/                   EXIT ;
+"""
+
+
 def test_machine_code_is_counted_by_round_and_by_tile():
     code = parse(SASS)
-    assert code.loop_count == 3 and code.many_tiles and not code.straight
+    assert code.loop_count == 3 and code.many_tiles
     assert [tuple(mma) for mma in code.mmas] == [(64, 128, 16, True)]
     # From 0x10 to the loop, two branches, and the exponential in the longer way: eight cycles where it is alone.
     assert code.counts[1] == code.counts[0] + 1
@@ -212,13 +222,15 @@ def test_machine_code_is_counted_by_round_and_by_tile():
     once = parse(SASS.replace("@!P2 BRA 0x10", "NOP"))
     assert not once.many_tiles and once.counts[0] > code.counts[0]
     straight = parse("/*0000*/ LDG.E R0, [R2] ;\n/*0010*/ @P0 EXIT ;\n/*0020*/ STG.E [R2], R0 ;\n/*0030*/ EXIT ;")
-    assert straight.loop is None and straight.straight and straight.counts == (4, 4)
+    assert straight.loop is None and straight.counts == (4, 4)
+    streaming = parse(STREAMING)
+    assert streaming.loop == (3, 3) and streaming.moved == 24 and streaming.counts == (3, 3)
 
 
 def test_the_fullest_sm_has_the_last_tile():
-    assert _makespan([1] * 9, 4) == 3
-    assert _makespan([32] * 5 + [4] * 4, 4) == 64  # the short ones fit beside the fifth
-    assert _makespan([2, 2, 2, 3], 2) == 5
+    assert makespan([1] * 9, 4) == 3
+    assert makespan([32] * 5 + [4] * 4, 4) == 64  # the short ones fit beside the fifth
+    assert makespan([2, 2, 2, 3], 2) == 5
 
 
 def test_a_measured_run_stands_beside_its_prediction(tmp_path):
