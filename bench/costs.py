@@ -29,8 +29,9 @@ A kernel with matrix instructions, per tile: rounds of its loop, and the instruc
   memory need the same ports, and nothing overlaps. Then as many tiles after another as the fullest SM has, and no less
   than all operands at the L2's rate: their bytes are those in the breakdown.
 A loop of num_stages=1 waits for its loads in every round.
-Any other kernel: its bytes, or its instructions, its loop as often as it takes to move them; at most, both after
-  another. A small grid has few bytes in flight.
+Any other kernel: its bytes, or its instructions, its loop as often as it takes to move them. At most: its slow
+  instructions do not overlap, and of what takes less the share of one block on the SM is not hidden. A small grid has
+  few bytes in flight.
 A redo that finds nothing to do is its empty blocks. Entries of a compact tile are density x all of them, evenly.
 The host is always ahead of the GPU, and no pass runs beside another."""
 
@@ -119,7 +120,8 @@ def _streaming(launch: Launch, kernel: Kernel, gpu: Gpu, density: float) -> Rang
     low = of_bytes(gpu.hbm.best, gpu.in_flight.best, gpu.latency.best)
     high = of_bytes(gpu.hbm.worst, gpu.in_flight.worst, gpu.latency.worst)
     least, most = code.shortest.issued + rounds * loop.issued, code.longest.alone + rounds * loop.alone
-    return Range(max(low, least * warps), high + most * warps)
+    shorter, longer = sorted((high, most * warps))
+    return Range(max(low, least * warps), longer + shorter / kernel.blocks_per_sm(gpu))
 
 
 def _touched(launch: Launch, density: float) -> float:

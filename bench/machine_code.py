@@ -1,8 +1,8 @@
 """NVIDIA's machine code as cuobjdump prints it: what a tile costs in its GEMM's loop, and what before and after it.
 
 Blocks of threads that a mask or a flag sends elsewhere make the count a range: of all ways through the code from the
-loop to the end the shortest and the longest. Of other loops one round is counted. Branches of threads that wait for each other
-are not followed, nor is an EXIT under a condition.
+loop to the end the shortest and the longest. Of other loops one round is counted. Branches of threads that wait for
+each other are not followed, nor is an EXIT under a condition.
 """
 
 from __future__ import annotations

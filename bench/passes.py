@@ -48,31 +48,29 @@ class Path(NamedTuple):
     """Something a caller asks for."""
 
     name: str
-    run: Callable[[Tensor, Tensor, Tensor], Any]
+    run: Callable[..., None]
     trains_head: bool = True
     trains: bool = True
 
 
-def _logps(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> None:
-    linear_logps(hidden_states, weight, labels, backend="triton")
+def _logps(hidden_states: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> None:
+    linear_logps(hidden_states, weight, labels, backend="triton", **options)
 
 
-def _upstream(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> None:
-    logps = linear_logps(hidden_states, weight, labels, backend="triton")
+def _upstream(hidden_states: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> None:
+    logps = linear_logps(hidden_states, weight, labels, backend="triton", **options)
     logps.backward(torch.empty_like(logps))
 
 
-def _loss(hidden_states: Tensor, weight: Tensor, labels: Tensor, sparse_eps: float | None = None) -> None:
-    completions = hidden_states.new_empty((2, len(labels)), dtype=torch.float32)
-    out = linear_copg_loss(
-        hidden_states, weight, labels, *completions,
-        beta=BETA, group_size=GROUP_SIZE, sparse_eps=sparse_eps, backend="triton",
-    )  # fmt: skip
+def _loss(hidden_states: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> None:
+    ref_logps, rewards = hidden_states.new_empty((2, len(labels)), dtype=torch.float32)
+    options |= dict(beta=BETA, group_size=GROUP_SIZE, backend="triton")
+    out = linear_copg_loss(hidden_states, weight, labels, ref_logps, rewards, **options)
     out.loss.backward()
 
 
-def _sparse(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> None:
-    _loss(hidden_states, weight, labels, SPARSE_EPS)
+def _sparse(hidden_states: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> None:
+    _loss(hidden_states, weight, labels, sparse_eps=SPARSE_EPS, **options)
 
 
 PATHS = (
@@ -84,20 +82,20 @@ PATHS = (
 )
 
 
-def passes_of(path: Path, shape: Shape, target: str, way: str = "fused") -> list[Pass]:
+def passes_of(
+    path: Path, shape: Shape, target: str, way: str = "fused", workspace_bytes: int | None = None
+) -> list[Pass]:
     """In their order; in bfloat16, every token counted."""
     passes: list[Pass] = []
-    rows, left = divmod(shape.num_tokens, shape.completion_length)
-    if left or rows % GROUP_SIZE:
-        whole = GROUP_SIZE * shape.completion_length
-        raise ValueError(f"tokens must be a multiple of {whole}, got {shape.num_tokens}")
+    rows = shape.num_tokens // shape.completion_length
     with _on_paper(), recorded(target, passes.append), FakeTensorMode(), trying(Settings(logps=way, loss=way)):
         hidden_states = torch.empty((rows, shape.completion_length, shape.hidden_size), dtype=torch.bfloat16)
         weight = torch.empty((shape.vocab_size, shape.hidden_size), dtype=torch.bfloat16)
         labels = torch.empty(hidden_states.shape[:2], dtype=torch.int64)
         with _Recording(passes):
             hidden_states.requires_grad_(path.trains)
-            path.run(hidden_states, weight.requires_grad_(path.trains and path.trains_head), labels)
+            weight.requires_grad_(path.trains and path.trains_head)
+            path.run(hidden_states, weight, labels, workspace_bytes=workspace_bytes)
     return passes
 
 

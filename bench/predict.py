@@ -28,7 +28,6 @@ from bench.gpus import GPUS, Gpu, Range
 from bench.inputs import SHAPES, Shape
 from bench.measured_units import measured_units
 from bench.passes import GROUP_SIZE, PATHS, Pass, TorchOp, passes_of
-from bench.passes import Path as OperatorPath
 from bench.prediction_tables import markdown, plain
 from bench.provenance import ROOT, source_sha256
 from copg_kernels.kernels.language import INTERPRETING
@@ -75,7 +74,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results: dict[str, Any] = {"provenance": _origin(), "gpu": gpu.name, "assumptions": assumed, "heads": []}
     try:
         for shape in _shapes(options):
-            predictions = predict(shape, gpu, options.paths, options.way, options.density)
+            predictions = predict(shape, gpu, options.paths, options.way, options.density, options.workspace_bytes)
             paths = [one._asdict() | dict(parts=[part._asdict() for part in one.parts]) for one in predictions]
             results["heads"].append(dict(shape=shape._asdict(), way=options.way, paths=paths))
     except FileNotFoundError as error:  # cuobjdump
@@ -87,15 +86,22 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def predict(
-    shape: Shape, gpu: Gpu, paths: Iterable[str] = tuple(TARGETS), way: str = "fused", density: float = DENSITY
+    shape: Shape,
+    gpu: Gpu,
+    paths: Iterable[str] = tuple(TARGETS),
+    way: str = "fused",
+    density: float = DENSITY,
+    workspace_bytes: int | None = None,
 ) -> list[Prediction]:
     """One per path, by its name."""
     predictions = []
     for path in PATHS:
         if path.name in paths:
-            passes = passes_of(path, shape, gpu.target, way)
+            passes = passes_of(path, shape, gpu.target, way, workspace_bytes)
+            fused = passes if way == "fused" else passes_of(path, shape, gpu.target, "fused", workspace_bytes)
+            is_none = way != "fused" and _names(passes) == _names(fused)
+            note = f"the passes of the way fused: {way} changes nothing here" if is_none else ""
             costs = [cost(one, gpu, density) for one in passes]
-            note = _note(path, shape, passes, gpu, way)
             predictions.append(_prediction(path.name, shape, costs, gpu, note))
     return predictions
 
@@ -135,13 +141,6 @@ def _sum(ranges: Iterable[Range]) -> Range:
     return Range(sum(lows), sum(highs))
 
 
-def _note(path: OperatorPath, shape: Shape, passes: list[Pass], gpu: Gpu, way: str) -> str:
-    """Where a way has not been made, or is not taken."""
-    if way == "fused" or _names(passes) != _names(passes_of(path, shape, gpu.target)):
-        return ""
-    return f"the passes of the way fused: {way} changes nothing here"
-
-
 def _names(passes: list[Pass]) -> list[tuple]:
     return [tuple(one) if isinstance(one, TorchOp) else (one.variant.name, one.grid) for one in passes]
 
@@ -151,8 +150,12 @@ def _shapes(options: argparse.Namespace) -> list[Shape]:
     if options.head:
         vocab_size, hidden_size = options.head
         shapes = [Shape("head", vocab_size, hidden_size, TOKENS, COMPLETION_LENGTH)]
-    length = min(COMPLETION_LENGTH, options.tokens // GROUP_SIZE)
+    length = _completion_length(options.tokens)
     return [shape._replace(num_tokens=options.tokens, completion_length=length) for shape in shapes]
+
+
+def _completion_length(num_tokens: int) -> int:
+    return max(1, min(COMPLETION_LENGTH, num_tokens // GROUP_SIZE))
 
 
 def _origin() -> dict[str, Any]:
@@ -172,9 +175,13 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--way", default="fused", choices=WAYS, help="how logits are made: see copg_kernels/tuned.py")
     parser.add_argument("--gpu", default="h200", choices=list(GPUS))
     parser.add_argument("--density", type=float, default=DENSITY, help="share of the softmax that is kept")
+    parser.add_argument("--workspace-bytes", type=int, help="of the operators; by default theirs")
     parser.add_argument("--markdown", action="store_true", help="the tables alone")
     parser.add_argument("--json", type=Path, help="write all of it there, too")
     options = parser.parse_args(argv)
+    group = GROUP_SIZE * _completion_length(options.tokens)
+    if options.tokens < 1 or options.tokens % group:
+        parser.error(f"--tokens must be a multiple of {group}, got {options.tokens}")
     if options.json and options.json.resolve().is_relative_to(ROOT / "bench" / "results"):
         parser.error("bench/results/ is for what was measured: write predictions elsewhere")
     return options
