@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from bench.gpus import GPUS
 from bench.inputs import SHAPES
 from bench.machine_code import parse
 from bench.measured_units import measured_units
-from bench.predict import TARGETS, main
+from bench.predict import HEADS, TARGETS, main
 from bench.prediction_tables import verdict
 from bench.tile_costs import makespan
 
@@ -250,6 +251,19 @@ def test_a_measured_run_stands_beside_its_prediction(tmp_path):
     assert units == pytest.approx(3.3) and where == "old"
     assert measured_units("frozen", shape, "H200", tmp_path) == (None, "not measured")
     assert measured_units("exact", shape._replace(num_tokens=16384), "H200", tmp_path) == (None, "not measured")
+
+
+def test_the_page_gives_predictions_as_such_and_what_was_measured():
+    page = (ROOT / "docs/predictions.md").read_text(encoding="utf-8")
+    assert "**No figure on this page is measured.**" in page and "Predicted for an H200, not measured: 20" in page
+    shown = set()
+    for title, table in re.findall(r"^\*\*([\w.-]+): T=8192 .*\*\*\n\n((?:\|.*\n)+)", page, re.MULTILINE):
+        assert "predicted units" in table.splitlines()[0]
+        for path, *_, measured in (row.strip("| ").split(" | ") for row in table.splitlines()[2:]):
+            units, where = measured_units(path, SHAPES[title], "H200")
+            assert measured == (where if units is None else f"{units:.2f} ({where})")
+            shown.add((title, path))
+    assert shown == {(head, path) for head in HEADS for path in TARGETS}
 
 
 def test_a_target_within_the_range_is_open():
