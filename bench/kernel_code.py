@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from bench.compiled import compiled, cuobjdump, read_nvidia
 from bench.gpus import Gpu
 from bench.machine_code import Code, parse
 from bench.recording import Variant
+
+
+class NoRule(ValueError):
+    """For a kernel that this model knows nothing of."""
 
 
 class Kernel(NamedTuple):
@@ -34,7 +39,10 @@ def kernel_of(variant: Variant, target: str) -> Kernel:
     if key not in _kernels:
         binary = compiled(variant, target)
         registers, spills, _ = read_nvidia(binary)
-        code, metadata = parse(cuobjdump("--dump-sass", binary)), binary.metadata
+        sass, metadata = cuobjdump("--dump-sass", binary), binary.metadata
+        code = parse(sass)
+        if not code.mmas and re.search(r"\b(HGMMA|HMMA|QGMMA|IMMA|DMMA)\b", sass):
+            raise NoRule(f"{variant.name} has other matrix instructions than HGMMA, or has them in no loop")
         _kernels[key] = Kernel(registers, spills, metadata.shared, metadata.num_warps, metadata.num_stages, code)
     return _kernels[key]
 

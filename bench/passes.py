@@ -27,7 +27,8 @@ from copg_kernels import linear_copg_loss, linear_logps
 from copg_kernels.tuned import Settings, trying
 
 GROUP_SIZE = 2
-PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1}  # of torch: where among the arguments the left operand is
+# Of torch, and where among the arguments the left operand is.
+PRODUCTS = {"mm": 0, "addmm": 1, "addmm_": 1, "bmm": 0, "baddbmm": 1}
 # Reads as much as it returns, wherever that is in its first argument.
 _PICKS = {"index_select", "gather", "embedding"}
 

@@ -26,6 +26,7 @@ from bench.costs import Cost, cost
 from bench.files import write_json
 from bench.gpus import GPUS, Gpu, Range
 from bench.inputs import SHAPES, Shape
+from bench.kernel_code import NoRule
 from bench.measured_units import measured_units
 from bench.passes import GROUP_SIZE, PATHS, Pass, TorchOp, passes_of
 from bench.prediction_tables import markdown, plain
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             predictions = predict(shape, gpu, options.paths, options.way, options.density, options.workspace_bytes)
             paths = [one._asdict() | dict(parts=[part._asdict() for part in one.parts]) for one in predictions]
             results["heads"].append(dict(shape=shape._asdict(), way=options.way, paths=paths))
-    except FileNotFoundError as error:  # cuobjdump
+    except (FileNotFoundError, NoRule) as error:  # no cuobjdump, or a kernel of another kind
         sys.exit(f"nothing can be predicted: {error}")
     print(markdown(results) if options.markdown else plain(results))
     if options.json:

@@ -7,7 +7,7 @@ from math import ceil, prod
 from typing import NamedTuple
 
 from bench.gpus import Gpu, Range
-from bench.kernel_code import Kernel
+from bench.kernel_code import Kernel, NoRule
 from bench.machine_code import SCHEDULERS
 from bench.recording import Launch
 
@@ -67,7 +67,7 @@ def _grid(launch: Launch, per_sm: int, gpu: Gpu, density: float) -> _Grid:
         lengths = [min(each, columns - start) for start in range(0, columns, each) for _ in range(rows)]
         return _Grid(M, N, arguments["H"], rows * columns, makespan(lengths, gpu.sms * per_sm) * per_sm)
     if not {"BLOCK", "BLOCK_H", "source_ptr"} <= set(arguments):
-        raise ValueError(f"no rule for the tiles of {launch.variant.name}: bench/tile_costs.py")
+        raise NoRule(f"what the tiles of {launch.variant.name} are is not in bench/tile_costs.py")
     M, N = arguments["BLOCK"], arguments["BLOCK_H"]
     tiles = prod(launch.grid)
     entries = len(arguments["source_ptr"])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,11 +21,12 @@ pytest.importorskip("triton")
 from bench.costs import OF_ENTRIES, ONE_PER_ROW, RETURNS
 from bench.gpus import GPUS
 from bench.inputs import SHAPES
+from bench.kernel_code import NoRule
 from bench.machine_code import parse
 from bench.measured_units import measured_units
 from bench.predict import HEADS, TARGETS, main
 from bench.prediction_tables import verdict
-from bench.tile_costs import makespan
+from bench.tile_costs import makespan, tile_operations
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = ("--heads", "llama-3")
@@ -237,6 +239,12 @@ def test_the_fullest_sm_has_the_last_tile():
     assert makespan([1] * 9, 4) == 3
     assert makespan([32] * 5 + [4] * 4, 4) == 64  # the short ones fit beside the fifth
     assert makespan([2, 2, 2, 3], 2) == 5
+
+
+def test_a_kernel_of_another_kind_is_an_error_not_a_guess():
+    launch = SimpleNamespace(variant=SimpleNamespace(name="some_product"), arguments=dict(BLOCK=128))
+    with pytest.raises(NoRule, match="what the tiles of some_product are"):
+        tile_operations(launch, GPUS["h200"], 0.03)
 
 
 def test_a_measured_run_stands_beside_its_prediction(tmp_path):
