@@ -9,12 +9,10 @@ from __future__ import annotations
 from math import ceil, prod
 from typing import NamedTuple
 
-from torch import Tensor
-
 from bench.gpus import Gpu, Range
 from bench.kernel_code import Kernel, describe, kernel_of
 from bench.machine_code import SCHEDULERS, Work
-from bench.passes import Pass, TorchOp
+from bench.passes import Operand, Pass, TorchOp
 from bench.recording import Launch
 from bench.tile_costs import tile_bytes, tile_operations, tile_seconds
 from copg_kernels.kernels.significant_columns import MOST_KEPT
@@ -32,11 +30,13 @@ A loop of num_stages=1 waits for its loads in every round.
 Any other kernel: its bytes, or its instructions, its loop as often as it takes to move them. At most: its slow
   instructions do not overlap, and of what takes less the share of one block on the SM is not hidden. A small grid has
   few bytes in flight.
-A redo that finds nothing to do is its empty blocks. Entries of a compact tile are density x all of them, evenly.
+A redo, or a factor of 1, that leaves nothing to do is its empty blocks. Entries of a compact tile are density x all
+  of them, evenly.
 The host is always ahead of the GPU, and no pass runs beside another."""
 
-# Launches that read a flag and return: every row's reference was near enough, every compact tile fit into its slots.
-RETURNS = {("softmax_minus_label", "only_ptr"), ("dense_product", "overflow_ptr")}
+# Launches that read a flag and return: references were near enough, compact tiles fit into their slots,
+# the loss's own gradient is 1.
+RETURNS = {("softmax_minus_label", "only_ptr"), ("dense_product", "overflow_ptr"), ("scale_gradient", "factor_ptr")}
 # Of a matrix, one entry of a row is touched, in a sector of 32 bytes.
 ONE_PER_ROW = {("place_labels", "tile_ptr")}
 # Have room for MOST_KEPT of the softmax, and hold `density` of it.
@@ -126,19 +126,15 @@ def _streaming(launch: Launch, kernel: Kernel, gpu: Gpu, density: float) -> Rang
 
 def _touched(launch: Launch, density: float) -> float:
     """Bytes: of each tensor once."""
-    moved = 0.0
-    for name, value in launch.arguments.items():
-        tensor = getattr(value, "base", value)  # of a descriptor
-        if isinstance(tensor, Tensor):
-            moved += _share(launch, name, density) * tensor.numel() * tensor.element_size()
-    return moved
+    operands = {name: value for name, value in launch.arguments.items() if isinstance(value, Operand)}
+    return sum(_share(launch, name, density) * operand.bytes for name, operand in operands.items())
 
 
 def _share(launch: Launch, name: str, density: float) -> float:
     """Of a tensor."""
     if (launch.variant.name, name) in ONE_PER_ROW:
-        tensor = launch.arguments[name]
-        return SECTOR / (tensor.shape[1] * tensor.element_size())
+        operand = launch.arguments[name]
+        return operand.shape[0] * SECTOR / operand.bytes
     if name in OF_ENTRIES:
         return density / MOST_KEPT
     return 2.0 if name == "out_ptr" and launch.arguments.get("ADD") else 1.0

@@ -8,7 +8,7 @@ torch that moves data. Nobody keeps a list of passes: what the code does tomorro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import prod
 from typing import Any, NamedTuple
 from unittest import mock
@@ -16,7 +16,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -40,6 +39,13 @@ class TorchOp(NamedTuple):
     bytes: int
     product: tuple[int, int, int] | None = None  # (M, N, K)
     out_bytes: int = 0  # of it, what is written, and what it is added to
+
+
+class Operand(NamedTuple):
+    """A tensor, or a descriptor's: to hold the tensor itself would keep autograd from handing it on without a copy."""
+
+    shape: tuple[int, ...]
+    bytes: int
 
 
 Pass = TorchOp | Launch
@@ -89,10 +95,14 @@ def passes_of(
     """In their order; in bfloat16, every token counted."""
     passes: list[Pass] = []
     rows = shape.num_tokens // shape.completion_length
-    with _on_paper(), recorded(target, passes.append), FakeTensorMode(), trying(Settings(logps=way, loss=way)):
-        hidden_states = torch.empty((rows, shape.completion_length, shape.hidden_size), dtype=torch.bfloat16)
-        weight = torch.empty((shape.vocab_size, shape.hidden_size), dtype=torch.bfloat16)
-        labels = torch.empty(hidden_states.shape[:2], dtype=torch.int64)
+
+    def launched(launch: Launch) -> None:
+        passes.append(_without_tensors(launch))
+
+    with _on_paper(), recorded(target, launched), trying(Settings(logps=way, loss=way)):
+        shapes = (rows, shape.completion_length, shape.hidden_size), (shape.vocab_size, shape.hidden_size)
+        hidden_states, weight = (torch.empty(sizes, dtype=torch.bfloat16, device="meta") for sizes in shapes)
+        labels = torch.empty(hidden_states.shape[:2], dtype=torch.int64, device="meta")
         with _Recording(passes):
             hidden_states.requires_grad_(path.trains)
             weight.requires_grad_(path.trains and path.trains_head)
@@ -102,12 +112,21 @@ def passes_of(
 
 @contextmanager
 def _on_paper() -> Iterator[None]:
-    """Tensors without memory say that they are on a GPU, and begin at an aligned address."""
+    """Tensors without memory say that they are on a GPU; no autocast is on, and their device has none."""
     with (
-        mock.patch.object(FakeTensor, "is_cuda", property(lambda self: True), create=True),
-        mock.patch.object(FakeTensor, "data_ptr", lambda self: 0, create=True),
+        mock.patch.object(Tensor, "is_cuda", property(lambda self: True), create=True),
+        mock.patch.object(torch, "autocast", lambda *args, **options: nullcontext()),
     ):
         yield
+
+
+def _without_tensors(launch: Launch) -> Launch:
+    arguments = dict(launch.arguments)
+    for name, value in launch.arguments.items():
+        tensor = getattr(value, "base", value)  # of a descriptor
+        if isinstance(tensor, Tensor):
+            arguments[name] = Operand(tuple(tensor.shape), tensor.numel() * tensor.element_size())
+    return launch._replace(arguments=arguments)
 
 
 class _Recording(TorchDispatchMode):

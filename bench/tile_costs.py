@@ -70,7 +70,7 @@ def _grid(launch: Launch, per_sm: int, gpu: Gpu, density: float) -> _Grid:
         raise NoRule(f"what the tiles of {launch.variant.name} are is not in bench/tile_costs.py")
     M, N = arguments["BLOCK"], arguments["BLOCK_H"]
     tiles = prod(launch.grid)
-    entries = len(arguments["source_ptr"])
+    entries = arguments["source_ptr"].shape[0]
     return _Grid(M, N, density * entries, tiles, makespan([1] * tiles, gpu.sms * per_sm) * per_sm)
 
 

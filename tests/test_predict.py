@@ -127,6 +127,12 @@ def test_twice_the_tokens_take_about_twice_the_time(recorded):
             assert low < ratio < high
 
 
+def test_recording_makes_no_copy_that_is_not_there(recorded):
+    """Autograd hands a gradient on as it is, unless somebody else holds it: a recorded launch must not."""
+    moved = {part["name"]: part["gigabytes"] for part in recorded["all"]["exact"]["parts"] if "torch" in part["name"]}
+    assert moved and max(moved.values()) < 0.5  # the head's gradient has 1.05 GB
+
+
 def test_schedules_decide_as_they_would_there(recorded):
     """A pair of completions beyond the workspace has its logits computed again, where the head is trained."""
     assert recorded["narrow"]["exact"]["gemms"] > recorded["twice"]["exact"]["gemms"] + 0.9
