@@ -132,9 +132,14 @@ def _touched(launch: Launch, density: float) -> float:
 
 def _share(launch: Launch, name: str, density: float) -> float:
     """Of a tensor."""
+    operand, arguments = launch.arguments[name], launch.arguments
     if (launch.variant.name, name) in ONE_PER_ROW:
-        operand = launch.arguments[name]
         return operand.shape[0] * SECTOR / operand.bytes
     if name in OF_ENTRIES:
         return density / MOST_KEPT
-    return 2.0 if name == "out_ptr" and launch.arguments.get("ADD") else 1.0
+    product = arguments.get("product_ptr")
+    if product is not None:  # of a slice of the vocabulary: what spans all of it, by its entries or its tiles
+        V = arguments["V"]
+        spans = operand.shape[-1] >= V or operand.shape[0] == ceil(V / arguments["BLOCK_V"])
+        return product.shape[1] / V if spans else 1.0
+    return 2.0 if name == "out_ptr" and arguments.get("ADD") else 1.0

@@ -151,6 +151,13 @@ def test_the_other_way_is_another_prediction_or_says_that_it_is_none(recorded):
         assert (sliced["note"] == "") == (sliced["parts"] != fused["parts"])
 
 
+def test_a_slice_of_the_vocabulary_moves_its_own_share(recorded):
+    """Float32 products are read once, and the tile of all tokens and entries is written once, over all slices."""
+    (tile,) = (part for part in recorded["sliced"]["exact"]["parts"] if part["name"] == "exp_tile")
+    assert tile["launches"] > 1
+    assert tile["gigabytes"] == pytest.approx(8192 * 128256 * (4 + 2) / 1e9, rel=0.05)
+
+
 def test_what_is_known_of_kernels_is_known_of_kernels_that_are_launched(recorded):
     launches = {tuple(launch) for launch in recorded["launches"]}
     assert RETURNS <= launches and ONE_PER_ROW <= launches
