@@ -61,7 +61,8 @@ def linear_logps(
             block would keep more than 30 % of the vocabulary its gradients are exact. Log-probs are exact, always.
             The result then has the attribute `sparsity` (density, dropped, overflow). Not for float16 on a GPU.
         workspace_bytes: budget for the tile of logits of a pass that forms gradients (and the twin's forward tile); by
-            default 1 GiB on a GPU and 128 MiB elsewhere. Above it such a pass needs the gradients themselves, a scaled
+            default 128 MiB on a CPU; on a GPU 1 GiB, or what 4,096 tokens need where that is more (vocabularies above
+            130,000 in 16 bits). Above it such a pass needs the gradients themselves, a scaled
             copy of hidden_states and, for 16-bit operands, their gradient in float32.
         backend: "triton", "torch", or "auto": triton for CUDA tensors, torch elsewhere. A request is never replaced.
 

@@ -13,6 +13,7 @@ from copg_kernels.kernels.head import Head
 from copg_kernels.reference import linear_copg_loss_ref, linear_logps_ref, sequence_logps_ref
 from copg_kernels.schedules import closed_groups, recompute, workspace
 from copg_kernels.schedules.chunks import Batch, chunks_of, plan_chunks
+from copg_kernels.schedules.workspace import balanced, default_workspace_bytes, kept_bytes_per_token
 from tests.conftest import BACKENDS, DEVICE
 from tests.numerics import assert_close, relative_error, upcast
 from tests.test_copg import loss_and_gradients, make_batch
@@ -48,6 +49,39 @@ def test_plan():
     assert len(plan_chunks(seqlens, groups, 10, 210)) == 1
     assert len(plan_chunks(seqlens, groups, 10, 119)) == 3
     assert plan_chunks(seqlens, groups, 10, 89) is None
+
+
+def test_chunks_are_as_even_as_their_number_allows():
+    """The largest is as small as so many chunks can have it."""
+    edges = [*range(0, 101, 10)]
+    for seqlens, most, expected in (
+        (edges, 40, [40, 40, 20]),
+        (edges, 55, [50, 50]),
+        (edges, 79, [50, 50]),
+        ([0, 50, 55, 60, 65, 70], 50, [50, 20]),
+    ):
+        plan = plan_chunks(seqlens, [*range(len(seqlens))], 1, most)
+        sizes = [chunk.tokens.stop - chunk.tokens.start for chunk in plan]
+        assert sizes == expected and max(sizes) <= most
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "most", "expected"),
+    [(8192, 4059, 2816), (8192, 4096, 4096), (8192, 9000, 8192), (100, 40, 34), (0, 5, 1), (300, 256, 256)],
+)
+def test_tokens_of_a_frozen_head_are_shared_out(num_tokens, most, expected):
+    tokens = balanced(num_tokens, most)
+    assert tokens == expected and tokens <= max(1, most)
+    assert -(-num_tokens // tokens) == -(-num_tokens // most)  # no chunk more
+
+
+@pytest.mark.parametrize("vocab_size", [1000, 128_256, 256_000])
+def test_a_default_chunk_has_4096_tokens_of_any_vocabulary(vocab_size):
+    weight = torch.empty(vocab_size, 2, dtype=torch.bfloat16, device=DEVICE)
+    budget = default_workspace_bytes("triton", weight)
+    assert budget >= 2**30
+    assert budget // kept_bytes_per_token(vocab_size, torch.bfloat16, DEVICE, "triton") >= 4096
+    assert default_workspace_bytes("torch", weight) == 2**27
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,27 @@ from copg_kernels.kernels.head import row_stride
 from copg_kernels.schedules.tile_ops import accumulation_dtype, operand_dtype, vocab_step
 from copg_kernels.tuned import settings_of
 
-# On a GPU the exponentials of 4,067 bf16 tokens of a 128,256-entry vocabulary: by the traffic of dW, which each chunk
-# reads and writes once in float32, 5 % above no chunks on an H200 (computed, not yet measured). On a CPU the logits of
-# 1,024 tokens of a 32,000-entry vocabulary, so that closed groups of 2 x 256 tokens go two at a time.
+# On a CPU the logits of 1,024 tokens of a 32,000-entry vocabulary, so that closed groups of 2 x 256 tokens go two at a
+# time.
 _DEFAULT_BYTES = {"triton": 2**30, "torch": 128 * 2**20}
+# Each chunk reads and writes all of dW in float32. At this size of a chunk that is 5 % of its products on an H200,
+# whatever the head (computed, not yet measured).
+_TOKENS_PER_CHUNK = 4096
 
 
 def default_workspace_bytes(backend: str, weight: Tensor | None = None) -> int:
-    """The budget where the caller names none: the tuned one of the kernels' head, where there is one."""
-    tuned = None if weight is None or backend == "torch" else settings_of(weight).workspace_bytes
-    return _DEFAULT_BYTES[backend] if tuned is None else tuned
+    """The budget where the caller names none: on a GPU 1 GiB, or what 4,096 tokens of this head's vocabulary need.
+
+    The tuned one, where there is one.
+    """
+    least = _DEFAULT_BYTES[backend]
+    if weight is None or backend == "torch":
+        return least
+    tuned = settings_of(weight).workspace_bytes
+    if tuned is not None:
+        return tuned
+    per_token = kept_bytes_per_token(weight.shape[0], weight.dtype, weight.device, backend)
+    return max(least, _TOKENS_PER_CHUNK * per_token)
 
 
 def bytes_per_entry(num_rows: int, hidden_size: int, dtype: torch.dtype, backend: str) -> int:
@@ -44,11 +55,12 @@ def kept_bytes_per_token(vocab_size: int, dtype: torch.dtype, device: torch.devi
 def balanced(num_tokens: int, most_tokens: int) -> int:
     """Tokens per chunk, most_tokens at most: no more chunks than that takes, and none of them a small rest.
 
-    A multiple of 128 where there is room for it: GEMMs are fastest on whole tiles.
+    A multiple of 256 where there is room for it: GEMMs are fastest on whole tiles.
     """
     chunks = max(1, -(-num_tokens // most_tokens))
     tokens = -(-num_tokens // chunks)
-    return max(1, min(most_tokens, -(-tokens // 128) * 128))
+    whole_tiles = -(-tokens // 256) * 256
+    return max(1, whole_tiles if whole_tiles <= most_tokens else tokens)
 
 
 def kept_elements(num_tokens: int, vocab_size: int, backend: str) -> int:
