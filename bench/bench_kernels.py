@@ -8,6 +8,7 @@ The shape is Llama-3's head on a GPU and bench/run.py's first CPU shape otherwis
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ import torch
 
 from bench.inputs import SHAPES
 from bench.tiles import Tiles, make_tiles
-from copg_kernels.kernels.compact_tile import BLOCK, compact_tile
+from copg_kernels.kernels.compact_tile import Columns, Pool, compact_tile
 from copg_kernels.kernels.contrast import Completions
+from copg_kernels.kernels.count_significant import BLOCK
 from copg_kernels.kernels.gather_product import gather_product
 from copg_kernels.kernels.row_statistics import Partials
 
@@ -95,23 +97,31 @@ def test_place_labels(benchmark: Any, tiles: Tiles) -> None:
     bench(benchmark, lambda: tiles.ops.place_labels(kept, *operands, *statistics))
 
 
-@pytest.mark.benchmark(group="compact tile")
-@pytest.mark.skipif(not CUDA, reason="needs the kernels")
-@pytest.mark.parametrize("rows_in_blocks", [True, False], ids=["dX", "dW"])
-def test_compact_tile_and_product(benchmark: Any, tiles: Tiles, rows_in_blocks: bool) -> None:
+def compact(tiles: Tiles) -> Callable[[Columns], tuple[Pool, Pool | None]]:
     operands = (tiles.hidden_states, tiles.head, tiles.rows)
     partials, kept = tiles.ops.exp_tiles(*operands, tiles.kept_workspace())
     (part,) = tiles.ops.place_labels(kept, *operands, *tiles.ops.merge_splits_fwd(partials, tiles.rows))
-    source = tiles.head.weight if rows_in_blocks else tiles.hidden_states
-    out = torch.empty(part.tile.shape[not rows_in_blocks], source.shape[1], device=DEVICE)
-    capacity = int(0.3 * part.tile.numel() / BLOCK)
+    capacity = int(0.6 * part.tile.numel() / BLOCK)
+    return lambda columns: compact_tile(part, tiles.rows, 2.0**-14, capacity, columns)
+
+
+@pytest.mark.benchmark(group="compact tile")
+@pytest.mark.skipif(not CUDA, reason="needs the kernels")
+@pytest.mark.parametrize("columns", Columns, ids=lambda columns: columns.name.lower())
+def test_compact_tile(benchmark: Any, tiles: Tiles, columns: Columns) -> None:
+    bench(benchmark, partial(compact(tiles), columns))
+
+
+@pytest.mark.benchmark(group="compact tile")
+@pytest.mark.skipif(not CUDA, reason="needs the kernels")
+@pytest.mark.parametrize("columns", Columns, ids=["dX", "dW, in tile", "dW, copied"])
+def test_product_with_a_compact_tile(benchmark: Any, tiles: Tiles, columns: Columns) -> None:
+    pool = compact(tiles)(columns)[columns != Columns.UNWANTED]
+    assert pool is not None
+    source = tiles.head.weight if columns == Columns.UNWANTED else tiles.hidden_states
+    out = torch.empty(pool.dropped.numel(), source.shape[1], device=DEVICE)
     mean = torch.zeros(source.shape[1], device=DEVICE)
-
-    def run() -> None:
-        pool = compact_tile(part, tiles.rows, 2.0**-14, capacity, source.dtype, rows_in_blocks=rows_in_blocks)
-        gather_product(pool, source, mean, None, out, "ieee", add=False)
-
-    bench(benchmark, run)
+    bench(benchmark, lambda: gather_product(pool, source, mean, None, out, "ieee", add=False))
 
 
 @pytest.mark.benchmark(group="gradient tile, one slice of the vocabulary")

@@ -140,9 +140,9 @@ def workspace_of_a_group(weight: Tensor, batch: dict[str, Any]) -> int:
 @contextmanager
 def room(call: Call) -> Iterator[None]:
     """Slots for all entries; for hardly any, where the call is about an overflow. Slices of one split each."""
-    most_kept = 0.01 if call.operator == "overflow" else 1.0
+    share = 0.01 if call.operator == "overflow" else 1.0
     with (
-        mock.patch.object(compact_tiles, "MOST_KEPT", most_kept),
+        mock.patch.multiple(compact_tiles, MOST_KEPT=share, MOST_OF_BOTH=2.0),
         mock.patch.object(product_slices, "SLICE_BYTES", 1),
         trying(Settings(logps=call.way, loss=call.way)),
     ):

@@ -5,7 +5,8 @@ import torch
 
 from bench.inputs import Shape, make_inputs
 from copg_kernels import linear_copg_loss, linear_logps
-from copg_kernels.kernels.compact_tile import BLOCK, compact_tile
+from copg_kernels.kernels.compact_tile import Columns, Pool, compact_tile
+from copg_kernels.kernels.count_significant import BLOCK
 from copg_kernels.kernels.dense_product import dense_product
 from copg_kernels.kernels.gather_product import gather_product
 from copg_kernels.kernels.pack_rows import pack_rows
@@ -27,6 +28,7 @@ EPS = 2.0**-12
 def room(monkeypatch):
     """Slots for everything, unless a test says otherwise: a small vocabulary is dense."""
     monkeypatch.setattr(compact_tiles, "MOST_KEPT", 1.0)
+    monkeypatch.setattr(compact_tiles, "MOST_OF_BOTH", 2.0)
 
 
 def softmax_slice():
@@ -45,27 +47,69 @@ def softmax_slice():
     return SoftmaxSlice(0, V, wide[:, :V], factor), rows, torch.where(counted[:, None], softmax, 0.0)
 
 
-@pytest.mark.parametrize("rows_in_blocks", [True, False], ids=["by rows", "by columns"])
-def test_what_a_compact_tile_holds(rows_in_blocks):
+BLOCKS = [(Columns.UNWANTED, True), (Columns.IN_TILE, True), (Columns.IN_TILE, False), (Columns.COPIED, False)]
+
+
+def of_blocks(rows_in_blocks: bool, pools: tuple[Pool, Pool | None]) -> Pool:
+    by_rows, by_columns = pools
+    return by_rows if rows_in_blocks else by_columns
+
+
+def values_of(pool: Pool, block: int, factor: torch.Tensor) -> torch.Tensor:
+    """(slots, members) of a block's values, wherever they are."""
+    slots = slice(*pool.offsets[block : block + 2].tolist())
+    if not pool.in_tile:
+        return pool.values[slots]
+    entries = pool.entries[slots].long()
+    return (pool.values * factor[:, None])[entries, block * BLOCK : (block + 1) * BLOCK]
+
+
+@pytest.mark.parametrize("columns, rows_in_blocks", BLOCKS)
+def test_what_a_compact_tile_holds(columns, rows_in_blocks):
     part, rows, exact = softmax_slice()
     members, entries = (T, V) if rows_in_blocks else (V, T)
     exact = exact if rows_in_blocks else exact.T
     eps = 0.02
-    capacity = -(-members // BLOCK) * entries
-    pool = compact_tile(part, rows, eps, capacity, torch.float32, rows_in_blocks=rows_in_blocks)
-    assert pool.overflow.item() == 0
+    capacity = 2 * (T + V)
+    pool = of_blocks(rows_in_blocks, compact_tile(part, rows, eps, capacity, columns))
+    assert pool.overflow.item() == 0 and pool.in_tile == (columns == Columns.IN_TILE and not rows_in_blocks)
     dropped = torch.zeros_like(exact)
     for block, first in enumerate(range(0, members, BLOCK)):
         mine = exact[first : first + BLOCK]
         significant = ((mine >= eps) | (mine < 0)).any(0)
         slots = slice(*pool.offsets[block : block + 2].tolist())
         assert pool.entries[slots].tolist() == significant.nonzero().squeeze(1).tolist()
-        values = pool.values[slots].T[: len(mine)]
+        values = values_of(pool, block, part.factor).T[: len(mine)]
         torch.testing.assert_close(values, mine[:, significant], rtol=1e-5, atol=1e-7)
         dropped[first : first + BLOCK] = mine.masked_fill(significant, 0.0)
-    assert 0 < pool.offsets[-1] < capacity and dropped.max() > 0
+    assert 0 < pool.offsets[-1] - pool.offsets[0] < capacity and dropped.max() > 0
     torch.testing.assert_close(pool.dropped, dropped.sum(1), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(pool.dropped_list, dropped.sum(0), rtol=1e-4, atol=1e-6)
+
+
+def test_both_directions_share_their_slots():
+    """Those of the blocks of columns come behind; where they do not fit, the others are as they would be alone."""
+    part, rows, _ = softmax_slice()
+    alone, _ = compact_tile(part, rows, 0.02, 1000, Columns.UNWANTED)
+    _, apart = compact_tile(part, rows, 0.02, 1000, Columns.IN_TILE)
+    of_rows, of_columns = int(alone.offsets[-1]), int(apart.offsets[-1] - apart.offsets[0])
+    for room, overflows in ((of_rows + of_columns, 0), (of_rows + of_columns - 1, 1)):
+        by_rows, by_columns = compact_tile(part, rows, 0.02, room, Columns.COPIED)
+        assert (by_rows.overflow.item(), by_columns.overflow.item()) == (0, overflows)
+        assert torch.equal(by_columns.offsets, apart.offsets - 1000 + of_rows)
+        assert torch.equal(by_rows.entries[:of_rows], alone.entries[:of_rows])
+        assert torch.equal(by_rows.values[:of_rows], alone.values[:of_rows])
+    by_rows, by_columns = compact_tile(part, rows, 0.02, of_rows - 1, Columns.COPIED)
+    assert (by_rows.overflow.item(), by_columns.overflow.item()) == (1, 1)
+
+
+@pytest.mark.parametrize("columns, bytes_per_slot", [(Columns.IN_TILE, 4 * BLOCK + 8), (Columns.COPIED, 4 * BLOCK + 4)])
+def test_what_slots_take(columns, bytes_per_slot):
+    """Of float32: one direction's values and both lists, or one list and values that both share."""
+    part, rows, _ = softmax_slice()
+    tensors = [x for pool in compact_tile(part, rows, 0.02, 1000, columns) for x in (pool.entries, pool.values)]
+    new = {x.data_ptr(): x.untyped_storage().nbytes() for x in tensors if x.data_ptr() != part.tile.data_ptr()}
+    assert sum(new.values()) == 1000 * bytes_per_slot
 
 
 def tile_of(matrix: torch.Tensor, rows_in_blocks: bool) -> torch.Tensor:
@@ -76,21 +120,21 @@ def tile_of(matrix: torch.Tensor, rows_in_blocks: bool) -> torch.Tensor:
     return tile if rows_in_blocks else tile.T
 
 
-@pytest.mark.parametrize("rows_in_blocks", [True, False], ids=["by rows", "by columns"])
+@pytest.mark.parametrize("columns, rows_in_blocks", BLOCKS)
 @pytest.mark.parametrize("overflow", [False, True], ids=["compact", "overflow"])
-def test_products(rows_in_blocks, overflow):
+def test_products(columns, rows_in_blocks, overflow):
     """Nothing dropped: the product with the whole tile; overflowed: 0, and the dense product instead."""
     part, rows, exact = softmax_slice()
     members, entries = (T, V) if rows_in_blocks else (V, T)
     exact = exact if rows_in_blocks else exact.T
-    capacity = 3 if overflow else -(-members // BLOCK) * entries
-    pool = compact_tile(part, rows, 1e-12, capacity, torch.float32, rows_in_blocks=rows_in_blocks)
+    pool = of_blocks(rows_in_blocks, compact_tile(part, rows, 1e-12, 3 if overflow else 2 * (T + V), columns))
     assert pool.overflow.item() == overflow
     source, scale = torch.randn(entries, 150, device=DEVICE), torch.randn(members, device=DEVICE)
     mean, previous = torch.randn(150, device=DEVICE), torch.randn(members, 150, device=DEVICE)
     gold = (exact.double() @ source.double()) * scale.double()[:, None] + previous.double()
     out = previous.clone()
-    gather_product(pool, source, mean, scale, out, "ieee", add=True)
+    of_values = source * part.factor[:, None] if pool.in_tile else source
+    gather_product(pool, of_values, mean, scale, out, "ieee", add=True)
     if overflow:
         assert torch.equal(out, previous)
     dense_product(pool.overflow, tile_of(exact, rows_in_blocks), source, scale, out, "ieee")
@@ -99,12 +143,20 @@ def test_products(rows_in_blocks, overflow):
 
 def test_what_was_left_out_returns_as_its_mean():
     part, rows, exact = softmax_slice()
-    pool = compact_tile(part, rows, 0.02, 4 * V, torch.float32, rows_in_blocks=True)
+    pool, _ = compact_tile(part, rows, 0.02, 4 * V, Columns.UNWANTED)
     source, mean = torch.randn(V, 16, device=DEVICE), torch.randn(16, device=DEVICE)
     with_mean, without = (torch.empty(T, 16, device=DEVICE) for _ in range(2))
     gather_product(pool, source, mean, None, with_mean, "ieee", add=False)
     gather_product(pool, source, 0 * mean, None, without, "ieee", add=False)
     torch.testing.assert_close(with_mean - without, torch.outer(pool.dropped, mean), rtol=1e-4, atol=1e-5)
+
+
+def test_the_mean_of_rows_that_hold_a_factor():
+    """What is left out of a tile that stays weighs rows whose scale holds the tile's factor."""
+    mass, source, factor = torch.rand(5, device=DEVICE), torch.randn(5, 7, device=DEVICE), torch.rand(5, device=DEVICE)
+    mass[2] = factor[2] = 0.0
+    expected = compact_tiles.mean_row(mass, source)
+    torch.testing.assert_close(compact_tiles.mean_row(mass, source * factor[:, None], factor), expected)
 
 
 def operands(regime: str = "rl") -> tuple:

@@ -4,177 +4,186 @@
     values[slot, 0:128] its probabilities, minus 1 at the label, one per member of the block
     offsets[block]      the block's first slot
 
-A GEMM with the tile then becomes one with `values` and gathered rows, `gather_product`. Both directions come from here:
-blocks of rows that list columns for dX, blocks of columns that list rows for dW. Slots are counted, summed up and then
-filled, in this order, so that they are the same every run and no program waits for another. What is left out is summed
-per member of the block and per entry of the list. Where the slots do not suffice, `overflow` says so, on the device.
+A GEMM with the tile then becomes one with `values` and gathered rows, `gather_product`. Both directions come from the
+same two passes over the tile: blocks of rows that list columns for dX, blocks of columns that list rows for dW. Slots
+are counted, summed up and then filled, in this order, so that they are the same every run and no program waits for
+another. What is left out is summed per member of the block and per entry of the list. Where the slots do not suffice,
+`overflow` says so, on the device.
+
+A row of the tile holds a block of columns side by side, as `values` would: where the tile stays, it serves as `values`
+of the blocks of columns, and nothing is copied for them. Otherwise both directions share their slots, those of the
+blocks of columns behind the others.
 """
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from copg_kernels.kernels.count_significant import BLOCK, SQUARE, Significant, count_significant, load_rows
 from copg_kernels.kernels.head import padded
-from copg_kernels.kernels.language import NO_FUSION, jit, tl, triton
+from copg_kernels.kernels.language import jit, tl
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.place_labels import SoftmaxSlice
 
-BLOCK = 128
-BLOCK_LIST = 64
+
+class Columns(Enum):
+    """What becomes of the blocks of columns."""
+
+    UNWANTED = 0
+    IN_TILE = 1
+    COPIED = 2
 
 
 class Pool(NamedTuple):
     """One direction's compact tile."""
 
-    entries: Tensor  # (capacity,) int32
-    values: Tensor  # (capacity, BLOCK)
+    entries: Tensor  # (slots,) int32
+    values: Tensor  # (slots, BLOCK), or the tile, padded (entries of the list, members of all blocks)
     offsets: Tensor  # (blocks + 1,) int32
     order: Tensor  # (blocks,) int32: the longest first, so that none is left to run alone at the end
     dropped: Tensor  # (members of all blocks,) float32: mass that is not there
     dropped_list: Tensor  # (entries of the list,) float32: the same, seen from the other side
     overflow: Tensor  # (1,) int32
+    in_tile: bool  # values is the tile: each entry of the list once, and its factor still to come
 
 
-@jit
-def _entries(
-    tile_ptr,
-    factor_ptr,
-    labels_ptr,
-    offs_i,  # [BLOCK] int64, members of the block
-    offs_j,  # [BLOCK_LIST] int64, entries of the list
-    num_members,
-    num_entries,
-    num_rows,
-    stride_i,
-    stride_j,
-    eps,
-    ROWS_IN_BLOCKS: tl.constexpr,
-):
-    """-> factor * tile, and which entries are significant."""
-    # The vocabulary, padded: whole vectors are within the mask or beyond it.
-    if ROWS_IN_BLOCKS:
-        num_entries = tl.multiple_of(num_entries, 16)
-    else:
-        num_members = tl.multiple_of(num_members, 16)
-    mask = (offs_i < num_members)[:, None] & (offs_j < num_entries)[None, :]
-    offsets = offs_i[:, None] * stride_i + offs_j[None, :] * stride_j
-    p = tl.load(tile_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if ROWS_IN_BLOCKS:
-        counted = offs_i < num_rows
-        factor = tl.load(factor_ptr + offs_i, mask=counted, other=0.0)[:, None]
-        label = tl.load(labels_ptr + offs_i, mask=counted, other=-1)[:, None]
-        is_label = label == offs_j[None, :]
-    else:
-        counted = offs_j < num_rows
-        factor = tl.load(factor_ptr + offs_j, mask=counted, other=0.0)[None, :]
-        label = tl.load(labels_ptr + offs_j, mask=counted, other=-1)[None, :]
-        is_label = label == offs_i[:, None]
-    p *= factor
-    return p, (p >= eps) | (is_label & mask)
+class _Slots(NamedTuple):
+    """One direction's, as the kernel fills them."""
 
-
-@jit
-def _count_kernel(
-    tile_ptr,  # softmax minus one-hot over factor
-    factor_ptr,  # (R,) float32
-    labels_ptr,  # (R,) int64, packed
-    num_rows_ptr,  # (1,) int64
-    counts_ptr,  # (blocks, list tiles) int32, out
-    dropped_ptr,  # (list tiles, members) float32, out
-    dropped_list_ptr,  # (blocks, entries) float32, out
-    num_members,
-    num_entries,
-    num_list_tiles,
-    stride_i,
-    stride_j,
-    eps,
-    ROWS_IN_BLOCKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_LIST: tl.constexpr,
-):
-    block, list_tile = tl.program_id(0), tl.program_id(1)
-    offs_i = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    offs_j = (list_tile * BLOCK_LIST + tl.arange(0, BLOCK_LIST)).to(tl.int64)
-    p, significant = _entries(
-        tile_ptr, factor_ptr, labels_ptr, offs_i, offs_j, num_members, num_entries, tl.load(num_rows_ptr),
-        stride_i, stride_j, eps, ROWS_IN_BLOCKS,
-    )  # fmt: skip
-    hit = tl.max(significant.to(tl.int32), 0)
-    tl.store(counts_ptr + block * num_list_tiles + list_tile, tl.sum(hit, 0))
-    left_out = tl.where(hit[None, :] == 0, p, 0.0)
-    members = tl.cast(list_tile, tl.int64) * num_members + offs_i
-    tl.store(dropped_ptr + members, tl.sum(left_out, 1), mask=offs_i < num_members)
-    entries = tl.cast(block, tl.int64) * num_entries + offs_j
-    tl.store(dropped_list_ptr + entries, tl.sum(left_out, 0), mask=offs_j < num_entries)
+    hits: Tensor  # see Significant
+    counts: Tensor
+    ends: Tensor  # (blocks, list tiles) int32: running sum of the counts
+    dropped: Tensor  # (list tiles, members) float32, out
+    dropped_list: Tensor  # (blocks, entries) float32, out
+    offsets: Tensor  # (blocks + 1,) int32: where each block's start
 
 
 @jit
 def _fill_kernel(
-    tile_ptr,
-    factor_ptr,
-    labels_ptr,
-    num_rows_ptr,
-    ends_ptr,  # (blocks, list tiles) int32, running sum of the counts
-    counts_ptr,  # (blocks, list tiles) int32
-    entries_ptr,  # (capacity,) int32, out
+    tile_ptr,  # (R, padded_width), softmax minus one-hot over factor
+    factor_ptr,  # (R,) float32
+    column_hits_ptr,  # blocks of rows, which list columns: see _Slots
+    column_counts_ptr,
+    column_ends_ptr,
+    row_dropped_ptr,
+    column_dropped_list_ptr,
+    row_hits_ptr,  # blocks of columns, which list rows; with those below None where they are not wanted
+    row_counts_ptr,
+    row_ends_ptr,
+    column_dropped_ptr,
+    row_dropped_list_ptr,
+    entries_ptr,  # (num_slots,) int32, out
     values_ptr,  # (capacity, BLOCK), out
     capacity,
-    num_members,
-    num_entries,
-    num_list_tiles,
-    stride_i,
-    stride_j,
-    eps,
-    ROWS_IN_BLOCKS: tl.constexpr,
+    num_slots,
+    R,
+    padded_width,
+    stride_tile,
+    COPY_COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_LIST: tl.constexpr,
 ):
-    block, list_tile = tl.program_id(0), tl.program_id(1)
-    at = block * num_list_tiles + list_tile
-    count = tl.load(counts_ptr + at)
-    if count == 0:
-        return
-    offs_i = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    offs_j = (list_tile * BLOCK_LIST + tl.arange(0, BLOCK_LIST)).to(tl.int64)
-    p, significant = _entries(
-        tile_ptr, factor_ptr, labels_ptr, offs_i, offs_j, num_members, num_entries, tl.load(num_rows_ptr),
-        stride_i, stride_j, eps, ROWS_IN_BLOCKS,
-    )  # fmt: skip
-    hit = tl.max(significant.to(tl.int32), 0)
-    slot = tl.load(ends_ptr + at) - count + tl.cumsum(hit, 0) - 1
-    kept = (hit != 0) & (slot < capacity)
-    tl.store(entries_ptr + slot, offs_j.to(tl.int32), mask=kept)
-    out_ptrs = values_ptr + slot.to(tl.int64)[None, :] * BLOCK + tl.arange(0, BLOCK)[:, None]
-    tl.store(out_ptrs, p, mask=kept[None, :] & (offs_i >= 0)[:, None])
+    row_block, column_block = tl.program_id(0), tl.program_id(1)
+    square, square_of_columns = (
+        row_block * tl.num_programs(1) + column_block,
+        column_block * tl.num_programs(0) + row_block,
+    )
+
+    # 1. The slots of the block of rows: one per column that it lists.
+    offs_v = column_block * BLOCK + tl.arange(0, BLOCK)
+    mask_v = offs_v < padded_width
+    of_columns = tl.cast(row_block, tl.int64) * padded_width + offs_v
+    column_hit = tl.load(column_hits_ptr + of_columns, mask=mask_v, other=0).to(tl.int32)
+    column_slot = tl.load(column_ends_ptr + square) - tl.load(column_counts_ptr + square) + tl.cumsum(column_hit, 0) - 1
+    column_kept = (column_hit != 0) & (column_slot < capacity)
+    tl.store(entries_ptr + column_slot, offs_v, mask=column_kept)
+    row_block_values = values_ptr + column_slot.to(tl.int64)[None, :] * BLOCK
+    column_dropped_list = tl.zeros((BLOCK,), dtype=tl.float32)
+    column_dropped = tl.zeros((BLOCK,), dtype=tl.float32)
+    if row_hits_ptr is not None:
+        first_row = tl.load(row_ends_ptr + square_of_columns) - tl.load(row_counts_ptr + square_of_columns)
+
+    # 2. Its values, and what other columns hold; half of the rows at a time, which registers have room for.
+    for half in tl.static_range(2):
+        member = half * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
+        p, offs_n, mask_n = load_rows(
+            tile_ptr, factor_ptr, row_block * BLOCK + half * (BLOCK // 2), offs_v, mask_v, R, stride_tile, BLOCK // 2
+        )
+        of_rows = tl.cast(column_block, tl.int64) * R + offs_n
+        values = p.to(values_ptr.dtype.element_ty)
+        tl.store(row_block_values + member[:, None], values, mask=column_kept[None, :] & (member >= 0)[:, None])
+        left_out = tl.where(column_hit[None, :] != 0, 0.0, p)
+        tl.store(row_dropped_ptr + of_rows, tl.sum(left_out, 1), mask=mask_n)
+        column_dropped_list += tl.sum(left_out, 0)
+
+        # 3. The same for the block of columns.
+        if row_hits_ptr is not None:
+            row_hit = tl.load(row_hits_ptr + of_rows, mask=mask_n, other=0).to(tl.int32)
+            row_slot = first_row + tl.cumsum(row_hit, 0) - 1
+            first_row += tl.sum(row_hit, 0)
+            row_kept = (row_hit != 0) & (row_slot < num_slots)
+            tl.store(entries_ptr + row_slot, offs_n, mask=row_kept)
+            if COPY_COLUMNS:
+                out_ptrs = values_ptr + row_slot.to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+                tl.store(out_ptrs, values, mask=row_kept[:, None] & (offs_v >= 0)[None, :])
+            left_out = tl.where(row_hit[:, None] != 0, 0.0, p)
+            tl.store(row_dropped_list_ptr + of_rows, tl.sum(left_out, 1), mask=mask_n)
+            column_dropped += tl.sum(left_out, 0)
+
+    tl.store(column_dropped_list_ptr + of_columns, column_dropped_list, mask=mask_v)
+    if row_hits_ptr is not None:
+        tl.store(column_dropped_ptr + of_columns, column_dropped, mask=mask_v)
 
 
 def compact_tile(
-    part: SoftmaxSlice, rows: PackedRows, eps: float, capacity: int, dtype: torch.dtype, *, rows_in_blocks: bool
-) -> Pool:
-    """The whole vocabulary's tile (R, V) -> the compact one, with room for so many slots."""
-    # Past the vocabulary there are zeros, so that whole vectors can be read.
-    tile = padded(part.tile)
-    members, entries = tile.shape if rows_in_blocks else tile.shape[::-1]
-    strides = tile.stride() if rows_in_blocks else tile.stride()[::-1]
-    num_blocks, num_list_tiles = triton.cdiv(members, BLOCK), triton.cdiv(entries, BLOCK_LIST)
-    counts = tile.new_empty((num_blocks, num_list_tiles), dtype=torch.int32)
-    dropped = tile.new_empty((num_list_tiles, members), dtype=torch.float32)
-    dropped_list = tile.new_empty((num_blocks, entries), dtype=torch.float32)
-    shape = (members, entries, num_list_tiles, *strides, eps)
-    options = dict(ROWS_IN_BLOCKS=rows_in_blocks, BLOCK=BLOCK, BLOCK_LIST=BLOCK_LIST, **NO_FUSION)
-    grid = (num_blocks, num_list_tiles)
-    operands = (tile, part.factor, rows.labels, rows.num_rows)
-    _count_kernel[grid](*operands, counts, dropped, dropped_list, *shape, **options)
-    ends = counts.flatten().cumsum(0, dtype=torch.int32).view(counts.shape)
-    index = counts.new_empty((capacity,))
-    values = tile.new_empty((capacity, BLOCK), dtype=dtype)
-    _fill_kernel[grid](*operands, ends, counts, index, values, capacity, *shape, **options)
-    offsets = torch.cat([ends.new_zeros(1), ends[:, -1]])
-    order = offsets.diff().argsort(descending=True, stable=True).to(torch.int32)
-    overflow = (offsets[-1:] > capacity).to(torch.int32)
-    R, V = part.tile.shape
-    members, entries = (R, V) if rows_in_blocks else (V, R)
-    return Pool(index, values, offsets, order, dropped.sum(0)[:members], dropped_list.sum(0)[:entries], overflow)
+    part: SoftmaxSlice, rows: PackedRows, eps: float, capacity: int, columns: Columns
+) -> tuple[Pool, Pool | None]:
+    """The whole vocabulary's tile (R, V) -> blocks of rows, and blocks of columns, in so many slots.
+
+    Copied, both share them; else each has as many, and those of the blocks of columns are 4 bytes each.
+    """
+    found_rows, found_columns = count_significant(part, rows, eps, by_columns=columns != Columns.UNWANTED)
+    tile, (R, V) = padded(part.tile), part.tile.shape
+    num_slots = capacity * (2 if columns == Columns.IN_TILE else 1)
+    entries, values = tile.new_empty((num_slots,), dtype=torch.int32), tile.new_empty((capacity, BLOCK))
+    by_rows = _slots(found_rows, entries.new_zeros(1))
+    by_columns = None
+    if found_columns is not None:
+        behind = entries.new_full((1,), capacity) if columns == Columns.IN_TILE else by_rows.offsets[-1:]
+        by_columns = _slots(found_columns, behind)
+    _fill_kernel[found_rows.counts.shape](
+        tile, part.factor, *by_rows[:-1], *(by_columns or [None] * len(by_rows))[:-1], entries, values,
+        capacity, num_slots, R, tile.shape[1], tile.stride(0), COPY_COLUMNS=columns == Columns.COPIED, **SQUARE,
+    )  # fmt: skip
+    pool = _pool(by_rows, entries[:capacity], values, R, V, in_tile=False)
+    if by_columns is None:
+        return pool, None
+    in_tile = columns == Columns.IN_TILE
+    return pool, _pool(by_columns, entries, tile if in_tile else values, V, R, in_tile=in_tile)
+
+
+def _slots(found: Significant, first: Tensor) -> _Slots:
+    """Room for what was counted, from slot `first` (1,) on."""
+    (blocks, num_entries), list_tiles = found.hits.shape, found.counts.shape[1]
+    ends = found.counts.flatten().cumsum(0, dtype=torch.int32).view(found.counts.shape).add_(first)
+    dropped = found.hits.new_empty((list_tiles, found.num_members), dtype=torch.float32)
+    dropped_list = found.hits.new_empty((blocks, num_entries), dtype=torch.float32)
+    return _Slots(found.hits, found.counts, ends, dropped, dropped_list, torch.cat([first, ends[:, -1]]))
+
+
+def _pool(slots: _Slots, entries: Tensor, values: Tensor, num_members: int, num_entries: int, *, in_tile: bool) -> Pool:
+    offsets = slots.offsets
+    return Pool(
+        entries,
+        values,
+        offsets,
+        order=offsets.diff().argsort(descending=True, stable=True).to(torch.int32),
+        # Past the vocabulary there is nothing.
+        dropped=slots.dropped.sum(0)[:num_members],
+        dropped_list=slots.dropped_list.sum(0)[:num_entries],
+        overflow=(offsets[-1:] > entries.numel()).to(torch.int32),
+        in_tile=in_tile,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from copg_kernels.kernels.compact_tile import BLOCK
+from copg_kernels.kernels.count_significant import BLOCK
 from copg_kernels.kernels.gather_product import BLOCK_K, block_width, launch_options
 from copg_kernels.kernels.head import padded
 from copg_kernels.kernels.language import jit, tl, triton

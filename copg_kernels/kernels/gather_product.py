@@ -1,7 +1,8 @@
 """Products with the compact tile: out = scale * (values^T source[entries] + dropped mean^T), block by block.
 
     dX: source is the head's weight, a block's list its significant columns
-    dW: source is the scaled hidden states, a block's list its significant rows
+    dW: source is the scaled hidden states, a block's list its significant rows; the tile's factors among the scales
+        where the values are those of the tile
     mean: the average row of the source over what was left out
 
 Output-stationary: each element is written once, summed over the slots in their order, in float32. Where the compact
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from copg_kernels.kernels.blocks import device_kind
-from copg_kernels.kernels.compact_tile import BLOCK, Pool
+from copg_kernels.kernels.compact_tile import Pool
+from copg_kernels.kernels.count_significant import BLOCK
 from copg_kernels.kernels.language import FENCES_COPIES, NO_FUSION, jit, tl, triton
 
 # By bytes per element: in float32 the other half of the registers goes to addresses.
@@ -25,7 +27,7 @@ BLOCK_K = 32
 @jit
 def _gather_product_kernel(
     entries_ptr,  # (capacity,) int32
-    values_ptr,  # (capacity, BLOCK)
+    values_ptr,  # (capacity, BLOCK), or the tile (entries, members)
     offsets_ptr,  # (blocks + 1,) int32
     order_ptr,  # (blocks,) int32
     overflow_ptr,  # (1,) int32
@@ -36,7 +38,9 @@ def _gather_product_kernel(
     out_ptr,  # (members, H)
     num_members,
     H,
+    stride_values,
     stride_source,
+    IN_TILE: tl.constexpr,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -51,15 +55,21 @@ def _gather_product_kernel(
     offs_i = tl.arange(0, BLOCK)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask_h = offs_h < H
+    column, mask_column = offs_i, offs_i >= 0
+    if IN_TILE:
+        # The vocabulary, padded: whole vectors are within the mask or beyond it.
+        column = block * BLOCK + offs_i
+        mask_column = column < tl.cdiv(num_members, 16) * 16
 
     # 2. values^T times the gathered rows.
     acc = tl.zeros((BLOCK, BLOCK_H), dtype=tl.float32)
     for first in range(start, stop, BLOCK_K):
         slots = first + tl.arange(0, BLOCK_K)
         mask_k = slots < stop
-        values_ptrs = values_ptr + slots.to(tl.int64)[None, :] * BLOCK + offs_i[:, None]
-        values = tl.load(values_ptrs, mask=mask_k[None, :], other=0.0)
         index = tl.load(entries_ptr + slots, mask=mask_k, other=0).to(tl.int64)
+        row = index if IN_TILE else slots.to(tl.int64)
+        values_ptrs = values_ptr + row[None, :] * stride_values + column[:, None]
+        values = tl.load(values_ptrs, mask=mask_k[None, :] & mask_column[:, None], other=0.0)
         source_ptrs = source_ptr + index[:, None] * stride_source + offs_h[None, :]
         gathered = tl.load(source_ptrs, mask=mask_k[:, None] & mask_h[None, :], other=0.0)
         acc = tl.dot(values, gathered, acc, input_precision=PRECISION)
@@ -103,7 +113,7 @@ def gather_product(
     block_h = block_width(source)
     _gather_product_kernel[(triton.cdiv(members, BLOCK), triton.cdiv(H, block_h))](
         pool.entries, pool.values, pool.offsets, pool.order, pool.overflow, source, pool.dropped, mean, scale, out,
-        members, H, source.stride(0),
+        members, H, pool.values.stride(0), source.stride(0), IN_TILE=pool.in_tile,
         ADD=add, PRECISION=precision, BLOCK=BLOCK, BLOCK_H=block_h, BLOCK_K=BLOCK_K,
         **launch_options(out.device),
     )  # fmt: skip

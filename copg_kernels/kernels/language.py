@@ -37,7 +37,7 @@ FENCES_COPIES = triton is not None and tuple(map(int, triton.__version__.split("
 # those to matrices are read in vectors that matter.
 _INTEGERS_OF_A_BATCH = {
     "T", "R", "V", "num_groups", "num_splits", "num_tiles", "first_tile",
-    "num_members", "num_entries", "num_elements", "num_list_tiles", "capacity",
+    "num_members", "num_entries", "num_elements", "num_slots", "capacity",
 }  # fmt: skip
 _MATRICES = {"product_ptr", "source_ptr", "out_ptr", "tile_ptr", "values_ptr"}
 

@@ -138,7 +138,7 @@ def in_chunks(
         if sparse_eps is None:
             compact = None
         else:
-            compact = compact_tiles.compacted(slices[0], rows, sparse_eps, needs, head.weight.dtype)
+            compact = compact_tiles.compacted(slices[0], rows, sparse_eps, needs, in_tile=True)
             shares.append(compact.shares)
         tile = _Tile(slices, compact, packed, scale, backend)
         if needs.hidden_states:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from copg_kernels.kernels.blocks import head_blocks
-from copg_kernels.kernels.compact_tile import BLOCK, Pool, compact_tile
+from copg_kernels.kernels.compact_tile import Columns, Pool, compact_tile
+from copg_kernels.kernels.count_significant import BLOCK
 from copg_kernels.kernels.dense_product import dense_product
 from copg_kernels.kernels.gather_product import gather_product
 from copg_kernels.kernels.head import Head
@@ -25,6 +26,10 @@ from copg_kernels.kernels.scale_rows import scale_packed
 from copg_kernels.kernels.significant_columns import MOST_KEPT
 from copg_kernels.schedules.recompute import Needs
 
+# Where values are copied for both directions, which mostly keep about as much as each other (a base model, at 2^-14: 21
+# and 20 % of the vocabulary), the room for both is not twice the room for one.
+MOST_OF_BOTH = 1.5
+
 
 class CompactTile(NamedTuple):
     by_rows: Pool
@@ -32,26 +37,27 @@ class CompactTile(NamedTuple):
     shares: Tensor  # (4,) see `statistics`
 
 
-def compacted(part: SoftmaxSlice, rows: PackedRows, eps: float, needs: Needs, dtype: torch.dtype) -> CompactTile:
-    """The whole vocabulary's tile -> its entries of at least eps, in the operands' dtype."""
-    by_rows = _pool(part, rows, eps, dtype, rows_in_blocks=True)
-    by_columns = _pool(part, rows, eps, dtype, rows_in_blocks=False) if needs.weight or needs.bias else None
+def compacted(part: SoftmaxSlice, rows: PackedRows, eps: float, needs: Needs, *, in_tile: bool) -> CompactTile:
+    """The whole vocabulary's tile -> its entries of at least eps; in_tile: it stays until the head's product."""
+    R, V = part.tile.shape
+    capacity = MOST_KEPT * max(-(-R // BLOCK) * V, -(-V // BLOCK) * R)
+    columns = Columns.UNWANTED
+    if needs.weight or needs.bias and not in_tile:
+        columns = Columns.IN_TILE if in_tile else Columns.COPIED
+        capacity *= 1.0 if in_tile else MOST_OF_BOTH
+    by_rows, by_columns = compact_tile(part, rows, eps, max(1, int(capacity)), columns)
     overflow = by_rows.overflow if by_columns is None else by_rows.overflow | by_columns.overflow
     numbers = (rows.num_rows, by_rows.offsets[-1:], by_rows.dropped.sum().view(1), overflow)
     return CompactTile(by_rows, by_columns, torch.cat([number.float() for number in numbers]))
 
 
-def _pool(part: SoftmaxSlice, rows: PackedRows, eps: float, dtype: torch.dtype, *, rows_in_blocks: bool) -> Pool:
-    R, V = part.tile.shape
-    members, entries = (R, V) if rows_in_blocks else (V, R)
-    capacity = max(1, int(-(-members // BLOCK) * entries * MOST_KEPT))
-    return compact_tile(part, rows, eps, capacity, dtype, rows_in_blocks=rows_in_blocks)
-
-
-def mean_row(mass: Tensor, source: Tensor) -> Tensor:
-    """(N,) float32 weights, (N, H) -> (H,) float32: the mean of the rows, 0 where there is no mass."""
-    share = (mass / mass.sum().clamp_min(torch.finfo(mass.dtype).tiny)).to(source.dtype)
-    return mm_fp32(share.unsqueeze(0), source, mass.new_empty((1, source.shape[1]))).squeeze(0)
+def mean_row(mass: Tensor, source: Tensor, factor: Tensor | None = None) -> Tensor:
+    """(N,) float32 weights, (N, H) -> (H,) float32: the mean row, each over its factor; 0 where there is no mass."""
+    share = mass / mass.sum().clamp_min(torch.finfo(mass.dtype).tiny)
+    if factor is not None:
+        share = torch.where(factor > 0, share / factor, 0.0)
+    out = mass.new_empty((1, source.shape[1]))
+    return mm_fp32(share.to(source.dtype).unsqueeze(0), source, out).squeeze(0)
 
 
 def hidden_product(compact: CompactTile, part: SoftmaxSlice, head: Head, scale: Tensor) -> Tensor:
@@ -74,13 +80,13 @@ def write_weight_product(
     add: bool,
 ) -> None:
     """Packed rows (R, H), (R,) -> out (V, H) = or += (softmax - onehot)^T (scale * X)."""
-    pool, dtype = compact.by_columns, part.tile.dtype
-    assert pool is not None
+    pool = compact.by_columns
+    assert pool is not None and pool.in_tile
     precision = head_blocks(hidden_states).precision
-    source = scale_packed(hidden_states, scale, dtype)
-    gather_product(pool, source, mean_row(pool.dropped_list, source), None, out, precision, add=add)
-    of_tile = scale_packed(hidden_states, scale * part.factor, dtype)
-    dense_product(pool.overflow, part.tile.T, of_tile, None, out, precision)
+    source = scale_packed(hidden_states, scale * part.factor, part.tile.dtype)
+    mean = mean_row(pool.dropped_list, source, part.factor)
+    gather_product(pool, source, mean, None, out, precision, add=add)
+    dense_product(pool.overflow, part.tile.T, source, None, out, precision)
 
 
 def statistics(shares: list[Tensor], vocab_size: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from copg_kernels.kernels.blocks import head_blocks
-from copg_kernels.kernels.compact_tile import BLOCK
+from copg_kernels.kernels.count_significant import BLOCK
 from copg_kernels.kernels.dense_product import dense_product
 from copg_kernels.kernels.exp_tile import exp_tiles
 from copg_kernels.kernels.gather_product import gather_product
@@ -65,7 +65,7 @@ def compact_rows(
         statistics_, tiles = exp_tiles(hidden, head, rows, workspace)
         logps, lse = merge_splits_fwd(statistics_, rows)
         (part,) = place_labels(tiles, hidden, head, rows, logps, lse)
-        compact = compacted(part, rows, sparse_eps, needs, head.weight.dtype)
+        compact = compacted(part, rows, sparse_eps, needs, in_tile=False)
         partials.append(statistics_)
         chunks.append(CompactChunk(tokens, rows, compact, mean_row(compact.by_rows.dropped_list, head.weight)))
     joined = joined_partials(partials)
