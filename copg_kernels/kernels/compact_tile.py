@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from copg_kernels.kernels.blocks import device_kind
 from copg_kernels.kernels.count_significant import BLOCK, SQUARE, Significant, count_significant, load_rows
 from copg_kernels.kernels.head import padded
 from copg_kernels.kernels.language import jit, tl
@@ -55,8 +56,7 @@ class _Slots(NamedTuple):
     """One direction's, as the kernel fills them."""
 
     hits: Tensor  # see Significant
-    counts: Tensor
-    ends: Tensor  # (blocks, list tiles) int32: running sum of the counts
+    starts: Tensor  # (blocks, list tiles) int32: the first slot of each square
     dropped: Tensor  # (list tiles, members) float32, out
     dropped_list: Tensor  # (blocks, entries) float32, out
     offsets: Tensor  # (blocks + 1,) int32: where each block's start
@@ -67,13 +67,11 @@ def _fill_kernel(
     tile_ptr,  # (R, padded_width), softmax minus one-hot over factor
     factor_ptr,  # (R,) float32
     column_hits_ptr,  # blocks of rows, which list columns: see _Slots
-    column_counts_ptr,
-    column_ends_ptr,
+    column_starts_ptr,
     row_dropped_ptr,
     column_dropped_list_ptr,
     row_hits_ptr,  # blocks of columns, which list rows; with those below None where they are not wanted
-    row_counts_ptr,
-    row_ends_ptr,
+    row_starts_ptr,
     column_dropped_ptr,
     row_dropped_list_ptr,
     entries_ptr,  # (num_slots,) int32, out
@@ -87,24 +85,21 @@ def _fill_kernel(
     BLOCK: tl.constexpr,
 ):
     row_block, column_block = tl.program_id(0), tl.program_id(1)
-    square, square_of_columns = (
-        row_block * tl.num_programs(1) + column_block,
-        column_block * tl.num_programs(0) + row_block,
-    )
 
     # 1. The slots of the block of rows: one per column that it lists.
     offs_v = column_block * BLOCK + tl.arange(0, BLOCK)
     mask_v = offs_v < padded_width
     of_columns = tl.cast(row_block, tl.int64) * padded_width + offs_v
     column_hit = tl.load(column_hits_ptr + of_columns, mask=mask_v, other=0).to(tl.int32)
-    column_slot = tl.load(column_ends_ptr + square) - tl.load(column_counts_ptr + square) + tl.cumsum(column_hit, 0) - 1
+    first_column = tl.load(column_starts_ptr + row_block * tl.num_programs(1) + column_block)
+    column_slot = first_column + tl.cumsum(column_hit, 0) - 1
     column_kept = (column_hit != 0) & (column_slot < capacity)
     tl.store(entries_ptr + column_slot, offs_v, mask=column_kept)
     row_block_values = values_ptr + column_slot.to(tl.int64)[None, :] * BLOCK
     column_dropped_list = tl.zeros((BLOCK,), dtype=tl.float32)
     column_dropped = tl.zeros((BLOCK,), dtype=tl.float32)
     if row_hits_ptr is not None:
-        first_row = tl.load(row_ends_ptr + square_of_columns) - tl.load(row_counts_ptr + square_of_columns)
+        first_row = tl.load(row_starts_ptr + column_block * tl.num_programs(0) + row_block)
 
     # 2. Its values, and what other columns hold; half of the rows at a time, which registers have room for.
     for half in tl.static_range(2):
@@ -156,7 +151,8 @@ def compact_tile(
         by_columns = _slots(found_columns, behind)
     _fill_kernel[found_rows.counts.shape](
         tile, part.factor, *by_rows[:-1], *(by_columns or [None] * len(by_rows))[:-1], entries, values,
-        capacity, num_slots, R, tile.shape[1], tile.stride(0), COPY_COLUMNS=columns == Columns.COPIED, **SQUARE,
+        capacity, num_slots, R, tile.shape[1], tile.stride(0),
+        COPY_COLUMNS=columns == Columns.COPIED, **SQUARE, **_registers(tile, columns),
     )  # fmt: skip
     pool = _pool(by_rows, entries[:capacity], values, R, V, in_tile=False)
     if by_columns is None:
@@ -165,13 +161,21 @@ def compact_tile(
     return pool, _pool(by_columns, entries, tile if in_tile else values, V, R, in_tile=in_tile)
 
 
+def _registers(tile: Tensor, columns: Columns) -> dict[str, int]:
+    """As many as let two programs share a multiprocessor, where nothing spills for it; or else all there are, because
+    the assembler, left alone, spills for more programs."""
+    kind = device_kind(tile.device)
+    shared = tile.element_size() == 2 and columns != Columns.COPIED and kind != "sm_120"
+    return {} if kind == "gfx942" else dict(maxnreg=128 if shared else 255)
+
+
 def _slots(found: Significant, first: Tensor) -> _Slots:
     """Room for what was counted, from slot `first` (1,) on."""
     (blocks, num_entries), list_tiles = found.hits.shape, found.counts.shape[1]
     ends = found.counts.flatten().cumsum(0, dtype=torch.int32).view(found.counts.shape).add_(first)
     dropped = found.hits.new_empty((list_tiles, found.num_members), dtype=torch.float32)
     dropped_list = found.hits.new_empty((blocks, num_entries), dtype=torch.float32)
-    return _Slots(found.hits, found.counts, ends, dropped, dropped_list, torch.cat([first, ends[:, -1]]))
+    return _Slots(found.hits, ends - found.counts, dropped, dropped_list, torch.cat([first, ends[:, -1]]))
 
 
 def _pool(slots: _Slots, entries: Tensor, values: Tensor, num_members: int, num_entries: int, *, in_tile: bool) -> Pool:

@@ -21,7 +21,8 @@ from copg_kernels.kernels.language import FENCES_COPIES, NO_FUSION, jit, tl, tri
 
 # By bytes per element: in float32 the other half of the registers goes to addresses.
 BLOCK_H = {2: 128, 4: 64}
-BLOCK_K = 32
+# Of 16 bits as many slots at once as an instruction's worth of addresses is worth.
+BLOCK_K = {2: 64, 4: 32}
 
 
 @jit
@@ -114,6 +115,6 @@ def gather_product(
     _gather_product_kernel[(triton.cdiv(members, BLOCK), triton.cdiv(H, block_h))](
         pool.entries, pool.values, pool.offsets, pool.order, pool.overflow, source, pool.dropped, mean, scale, out,
         members, H, pool.values.stride(0), source.stride(0), IN_TILE=pool.in_tile,
-        ADD=add, PRECISION=precision, BLOCK=BLOCK, BLOCK_H=block_h, BLOCK_K=BLOCK_K,
+        ADD=add, PRECISION=precision, BLOCK=BLOCK, BLOCK_H=block_h, BLOCK_K=BLOCK_K[source.element_size()],
         **launch_options(out.device),
     )  # fmt: skip
