@@ -13,6 +13,7 @@ from copg_kernels.kernels.pack_rows import pack_rows
 from copg_kernels.kernels.place_labels import SoftmaxSlice
 from copg_kernels.reference import linear_copg_loss_ref, linear_logps_bwd_ref
 from copg_kernels.schedules import closed_groups, compact_tiles, sparse_tiles
+from copg_kernels.schedules.recompute import Needs
 from copg_kernels.schedules.workspace import kept_bytes_per_token, kept_elements, tile_in
 from tests.conftest import BACKENDS, DEVICE
 from tests.numerics import relative_error, upcast
@@ -149,6 +150,22 @@ def test_what_was_left_out_returns_as_its_mean():
     gather_product(pool, source, mean, None, with_mean, "ieee", add=False)
     gather_product(pool, source, 0 * mean, None, without, "ieee", add=False)
     torch.testing.assert_close(with_mean - without, torch.outer(pool.dropped, mean), rtol=1e-4, atol=1e-5)
+
+
+def test_head_product_of_a_tile_that_stays():
+    """Its factors are among the scales of the rows, and not in the mean of what was left out."""
+    part, rows, exact = softmax_slice()
+    counted = exact.any(1)
+    hidden_states, scale = torch.randn(T, 16, device=DEVICE), torch.rand(T, device=DEVICE) * counted
+    compact = compact_tiles.compacted(part, rows, 0.2, Needs(True, True, False), in_tile=True)
+    out = torch.empty(V, 16, device=DEVICE)
+    compact_tiles.write_weight_product(compact, part, hidden_states, scale, out, add=False)
+    rows_of = [exact[:, start : start + BLOCK] for start in range(0, V, BLOCK)]
+    kept = torch.cat([x * ((x >= 0.2) | (x < 0)).any(1, keepdim=True) for x in rows_of], 1)
+    scaled, dropped = scale[:, None] * hidden_states, exact - kept
+    mean = dropped.sum(1) @ scaled / dropped.sum()
+    gold = kept.T @ scaled + torch.outer(dropped.sum(0), mean)
+    assert dropped.sum() > 1 and relative_error(out, gold.double()) < 1e-5
 
 
 def test_the_mean_of_rows_that_hold_a_factor():
