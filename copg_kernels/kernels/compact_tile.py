@@ -12,7 +12,7 @@ another. What is left out is summed per member of the block and per entry of the
 
 A row of the tile holds a block of columns side by side, as `values` would: where the tile stays, it serves as `values`
 of the blocks of columns, and nothing is copied for them. Otherwise both directions share their slots, those of the
-blocks of columns behind the others.
+blocks of columns behind the others, where the blocks of rows alone may still fit.
 """
 
 from __future__ import annotations
@@ -84,14 +84,14 @@ def _fill_kernel(
     COPY_COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row_block, column_block = tl.program_id(0), tl.program_id(1)
+    column_block, row_block = tl.program_id(0), tl.program_id(1)
 
     # 1. The slots of the block of rows: one per column that it lists.
     offs_v = column_block * BLOCK + tl.arange(0, BLOCK)
     mask_v = offs_v < padded_width
     of_columns = tl.cast(row_block, tl.int64) * padded_width + offs_v
     column_hit = tl.load(column_hits_ptr + of_columns, mask=mask_v, other=0).to(tl.int32)
-    first_column = tl.load(column_starts_ptr + row_block * tl.num_programs(1) + column_block)
+    first_column = tl.load(column_starts_ptr + row_block * tl.num_programs(0) + column_block)
     column_slot = first_column + tl.cumsum(column_hit, 0) - 1
     column_kept = (column_hit != 0) & (column_slot < capacity)
     tl.store(entries_ptr + column_slot, offs_v, mask=column_kept)
@@ -99,7 +99,7 @@ def _fill_kernel(
     column_dropped_list = tl.zeros((BLOCK,), dtype=tl.float32)
     column_dropped = tl.zeros((BLOCK,), dtype=tl.float32)
     if row_hits_ptr is not None:
-        first_row = tl.load(row_starts_ptr + column_block * tl.num_programs(0) + row_block)
+        first_row = tl.load(row_starts_ptr + column_block * tl.num_programs(1) + row_block)
 
     # 2. Its values, and what other columns hold; half of the rows at a time, which registers have room for.
     for half in tl.static_range(2):
@@ -149,7 +149,7 @@ def compact_tile(
     if found_columns is not None:
         behind = entries.new_full((1,), capacity) if columns == Columns.IN_TILE else by_rows.offsets[-1:]
         by_columns = _slots(found_columns, behind)
-    _fill_kernel[found_rows.counts.shape](
+    _fill_kernel[found_rows.counts.shape[::-1]](
         tile, part.factor, *by_rows[:-1], *(by_columns or [None] * len(by_rows))[:-1], entries, values,
         capacity, num_slots, R, tile.shape[1], tile.stride(0),
         COPY_COLUMNS=columns == Columns.COPIED, **SQUARE, **_registers(tile, columns),

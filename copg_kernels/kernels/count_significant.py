@@ -67,7 +67,8 @@ def _count_significant_kernel(
     eps,
     BLOCK: tl.constexpr,
 ):
-    row_block, column_block = tl.program_id(0), tl.program_id(1)
+    # Squares side by side run at the same time: memory likes long rows.
+    column_block, row_block = tl.program_id(0), tl.program_id(1)
     offs_v = column_block * BLOCK + tl.arange(0, BLOCK)
     mask_v = offs_v < padded_width
     p, offs_n, mask_n = load_rows(tile_ptr, factor_ptr, row_block * BLOCK, offs_v, mask_v, R, stride_tile, BLOCK)
@@ -78,12 +79,12 @@ def _count_significant_kernel(
     hit = (tl.max(size, 0) >= eps).to(tl.int32)
     hits_ptrs = column_hits_ptr + tl.cast(row_block, tl.int64) * padded_width + offs_v
     tl.store(hits_ptrs, hit.to(tl.uint8), mask=mask_v)
-    tl.store(column_counts_ptr + row_block * tl.num_programs(1) + column_block, tl.sum(hit, 0))
+    tl.store(column_counts_ptr + row_block * tl.num_programs(0) + column_block, tl.sum(hit, 0))
     if row_hits_ptr is not None:
         hit = (tl.max(size, 1) >= eps).to(tl.int32)
         hits_ptrs = row_hits_ptr + tl.cast(column_block, tl.int64) * R + offs_n
         tl.store(hits_ptrs, hit.to(tl.uint8), mask=mask_n)
-        tl.store(row_counts_ptr + column_block * tl.num_programs(0) + row_block, tl.sum(hit, 0))
+        tl.store(row_counts_ptr + column_block * tl.num_programs(1) + row_block, tl.sum(hit, 0))
 
 
 def count_significant(
@@ -95,7 +96,7 @@ def count_significant(
     R, width = tile.shape
     of_rows = _nothing_yet(tile, R, width)
     of_columns = _nothing_yet(tile, width, R) if by_columns else None
-    _count_significant_kernel[of_rows.counts.shape](
+    _count_significant_kernel[of_rows.counts.shape[::-1]](
         tile, part.factor, rows.labels, rows.num_rows, *of_rows[:2], *(of_columns or (None, None))[:2],
         R, width, tile.stride(0), eps, **SQUARE,
     )  # fmt: skip

@@ -21,14 +21,15 @@ from copg_kernels.kernels.language import FENCES_COPIES, NO_FUSION, jit, tl, tri
 
 # By bytes per element: in float32 the other half of the registers goes to addresses.
 BLOCK_H = {2: 128, 4: 64}
-# Of 16 bits as many slots at once as an instruction's worth of addresses is worth.
+# Slots per step. Each step computes addresses: of 16 bits that is most of its instructions, in float32 few beside those
+# that split the operands.
 BLOCK_K = {2: 64, 4: 32}
 
 
 @jit
 def _gather_product_kernel(
-    entries_ptr,  # (capacity,) int32
-    values_ptr,  # (capacity, BLOCK), or the tile (entries, members)
+    entries_ptr,  # (slots,) int32
+    values_ptr,  # (slots, BLOCK), or the tile (entries, members)
     offsets_ptr,  # (blocks + 1,) int32
     order_ptr,  # (blocks,) int32
     overflow_ptr,  # (1,) int32
