@@ -95,7 +95,6 @@ def _fill_kernel(
     column_slot = first_column + tl.cumsum(column_hit, 0) - 1
     column_kept = (column_hit != 0) & (column_slot < capacity)
     tl.store(entries_ptr + column_slot, offs_v, mask=column_kept)
-    row_block_values = values_ptr + column_slot.to(tl.int64)[None, :] * BLOCK
     column_dropped_list = tl.zeros((BLOCK,), dtype=tl.float32)
     column_dropped = tl.zeros((BLOCK,), dtype=tl.float32)
     if row_hits_ptr is not None:
@@ -108,11 +107,12 @@ def _fill_kernel(
             tile_ptr, factor_ptr, row_block * BLOCK + half * (BLOCK // 2), offs_v, mask_v, R, stride_tile, BLOCK // 2
         )
         of_rows = tl.cast(column_block, tl.int64) * R + offs_n
-        values = p.to(values_ptr.dtype.element_ty)
-        tl.store(row_block_values + member[:, None], values, mask=column_kept[None, :] & (member >= 0)[:, None])
         left_out = tl.where(column_hit[None, :] != 0, 0.0, p)
         tl.store(row_dropped_ptr + of_rows, tl.sum(left_out, 1), mask=mask_n)
         column_dropped_list += tl.sum(left_out, 0)
+        values = p.to(values_ptr.dtype.element_ty)
+        out_ptrs = values_ptr + column_slot.to(tl.int64)[None, :] * BLOCK + member[:, None]
+        tl.store(out_ptrs, values, mask=column_kept[None, :] & (member >= 0)[:, None])
 
         # 3. The same for the block of columns.
         if row_hits_ptr is not None:
@@ -152,7 +152,7 @@ def compact_tile(
     _fill_kernel[found_rows.counts.shape[::-1]](
         tile, part.factor, *by_rows[:-1], *(by_columns or [None] * len(by_rows))[:-1], entries, values,
         capacity, num_slots, R, tile.shape[1], tile.stride(0),
-        COPY_COLUMNS=columns == Columns.COPIED, **SQUARE, **_registers(tile, columns),
+        COPY_COLUMNS=columns == Columns.COPIED, **SQUARE, **_registers(tile.device),
     )  # fmt: skip
     pool = _pool(by_rows, entries[:capacity], values, R, V, in_tile=False)
     if by_columns is None:
@@ -161,12 +161,9 @@ def compact_tile(
     return pool, _pool(by_columns, entries, tile if in_tile else values, V, R, in_tile=in_tile)
 
 
-def _registers(tile: Tensor, columns: Columns) -> dict[str, int]:
-    """As many as let two programs share a multiprocessor, where nothing spills for it; or else all there are, because
-    the assembler, left alone, spills for more programs."""
-    kind = device_kind(tile.device)
-    shared = tile.element_size() == 2 and columns != Columns.COPIED and kind != "sm_120"
-    return {} if kind == "gfx942" else dict(maxnreg=128 if shared else 255)
+def _registers(device: torch.device) -> dict[str, int]:
+    """All there are: two programs per multiprocessor, at 128, would spill with one version of Triton or the other."""
+    return {} if device_kind(device) == "gfx942" else dict(maxnreg=255)
 
 
 def _slots(found: Significant, first: Tensor) -> _Slots:
