@@ -7,6 +7,7 @@ the widest tensor-core instruction (`python -m tests.compile_report` prints what
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,10 +18,29 @@ from copg_kernels.tuned import settings_of, widest_block
 
 # Row blocks that share a slice of the head's weight while it is in L2: 8 x 256 rows of 4,096 bf16 are 16 MiB.
 GROUP_N = 8
-# Vocabulary entries per split of the torch twins, fewer only where the workspace does not hold so many. On two CPU
-# cores (EPYC, 2,048 tokens, V = 32,000, 11 rounds) 3,200 took 1.05 GEMMs for log-probs and 1.08 x three for loss and
-# gradients, 4,096 took 1.15 and 1.11, 2,112 took 1.16 and 1.16, 5,376 took 1.13 and 1.15.
-SPLIT_TORCH = 3200
+
+
+def split_for(cache_bytes: int) -> int:
+    """Vocabulary entries per split of the torch twins: so many that 2,048 float32 rows fill 4/5 of a cache.
+
+    The pass over a slice then finds it where the product has left it. A machine that does not tell gets what 32 MiB
+    give. There it matters little: on two cores of an EPYC, 256 to 2,048 rows, V = 32,000, slices of 800 to 32,000 took
+    1.00 to 1.15 GEMMs for log-probs, with medians closer together than the rounds.
+    """
+    entries = (cache_bytes or 32 * 2**20) * 4 // 5 // (2048 * 4)
+    return min(8192, max(1024, entries // 128 * 128))
+
+
+def last_cache_bytes(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """Of the last level that Linux knows of; 0 where it does not say, and on other systems."""
+    try:
+        sizes = [path.read_text().strip() for path in sorted(folder.glob("index*/size"))]
+        return int(sizes[-1].removesuffix("K")) * 1024
+    except (IndexError, ValueError, OSError):
+        return 0
+
+
+SPLIT_TORCH = split_for(last_cache_bytes())
 
 
 class Blocks(NamedTuple):
