@@ -25,9 +25,15 @@ SLICE_BYTES = 2**28
 
 def way_of(weight: Tensor, path: str) -> str:
     """ "fused" or "sliced", for the path "logps" or "loss" of `tuned.Settings`."""
-    if weight.is_cuda and weight.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32:
-        return "fused"  # which keeps all digits, where torch.mm may drop 13 of 23
-    return getattr(settings_of(weight), path)
+    way = getattr(settings_of(weight), path)
+    if way == "sliced" and weight.is_cuda and weight.dtype == torch.float32 and _drops_digits():
+        return "fused"  # which keeps them all
+    return way
+
+
+def _drops_digits() -> bool:
+    """Whether torch.mm may take TF32, 10 of a float32's 23 bits. `allow_tf32` raises where it was set by this name."""
+    return torch.backends.cuda.matmul.fp32_precision not in ("ieee", "none")
 
 
 def blocks_of(weight: Tensor, way: str) -> Blocks:
