@@ -159,7 +159,8 @@ def ways_and_workspace(case: Case, best: Settings) -> Iterator[Trial]:
     for field, passes in (("logps", (LOG_PROBS, UPSTREAM)), ("loss", (TRAINABLE, FROZEN))):
         for way in WAYS:
             yield Trial(field, way, passes, partial(_replace, field, way))
-    default = default_workspace_bytes("triton", case.weight)
+    with tuned.trying(Settings()):
+        default = default_workspace_bytes("triton", case.weight)
     for size in (default // 4, default // 2, 2 * default, 4 * default):
         if size <= default + _spare_bytes(case):
             yield Trial("workspace_bytes", size, PASSES[1:], partial(_replace, "workspace_bytes", size))
