@@ -71,6 +71,8 @@ def take_out_label(z, has_label, label, start_v, lowest):
 @jit
 def exponentials(z, tile_max):
     """[BLOCK_N, BLOCK_C] -> exp(z - tile_max), and its logarithm to the base 2."""
+    # Subtracted before it is scaled: a fused z * LOG2_E - tile_max * LOG2_E would save an instruction, and the rounding
+    # of the second product would shift all sums, by up to 4e-5 at logits of 1000.
     distance = (z - tile_max[:, None]) * LOG2_E
     return tl.exp2(distance), distance
 

@@ -27,6 +27,7 @@ from copg_kernels.kernels.head import (
 from copg_kernels.kernels.language import LOG2_E, jit, tl, triton
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.product_slices import blocks_of, products, way_of
+from copg_kernels.kernels.row_statistics import holds_label
 
 # float16 flushes probabilities under 6e-8 to zero; the tile's entries are at most 1, so they can be stored larger.
 TILE_SCALE = {torch.float16: 2.0**14}
@@ -104,7 +105,7 @@ def _softmax_minus_label_kernel(
     label_value = tl.exp(residual) * expm1(tl.load(per_token_logps_ptr + rows, mask=mask_n, other=0.0))
     row_scale = tl.where(mask_n, tile_scale, 0.0)[:, None]
     start_v = (first_tile + pid_v) * BLOCK_V
-    has_label = tl.max(((label >= start_v) & (label < start_v + BLOCK_V)).to(tl.int32), 0) != 0
+    has_label = holds_label(label, start_v, BLOCK_V)
     for part in tl.static_range(len(parts)):
         z = parts[part]
         value = tl.exp2((z - lse[:, None]) * LOG2_E)
