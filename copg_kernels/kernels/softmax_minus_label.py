@@ -101,8 +101,6 @@ def _softmax_minus_label_kernel(
     rows = tl.load(row_index_ptr + offs_n, mask=mask_n, other=0)
     label = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1).to(tl.int32)
     lse = tl.load(lse_ptr + rows, mask=mask_n, other=float("inf"))
-    residual = tl.load(lse_ptr + tl.cast(T, tl.int64) + rows, mask=mask_n, other=0.0)
-    label_value = tl.exp(residual) * expm1(tl.load(per_token_logps_ptr + rows, mask=mask_n, other=0.0))
     row_scale = tl.where(mask_n, tile_scale, 0.0)[:, None]
     start_v = (first_tile + pid_v) * BLOCK_V
     has_label = holds_label(label, start_v, BLOCK_V)
@@ -110,6 +108,10 @@ def _softmax_minus_label_kernel(
         z = parts[part]
         value = tl.exp2((z - lse[:, None]) * LOG2_E)
         if has_label:
+            # Read here, in the few tiles that need it, because there are no registers left to keep it in.
+            rows = tl.load(row_index_ptr + offs_n, mask=mask_n, other=0)
+            residual = tl.load(lse_ptr + tl.cast(T, tl.int64) + rows, mask=mask_n, other=0.0)
+            label_value = tl.exp(residual) * expm1(tl.load(per_token_logps_ptr + rows, mask=mask_n, other=0.0))
             offs_v = start_v + part * (BLOCK_V // len(parts)) + tl.arange(0, BLOCK_V // len(parts))
             value = tl.where(offs_v[None, :] == label[:, None], label_value[:, None], value)
         if HAS_CAP:
