@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from bench.inputs import BenchInputs
+from copg_kernels.tuning.timing import host_seconds
 
 LEAST_ROUNDS = 3
 Case = TypeVar("Case", bound=Hashable)
@@ -73,7 +74,7 @@ def time_alternating(
     after_each: Callable[[], object],
 ) -> dict[Case, Timing]:
     """Median and spread of each case; each round starts one case later than the one before."""
-    time_once = _cuda_timer(device) if device.type == "cuda" else _host_seconds
+    time_once = _cuda_timer(device) if device.type == "cuda" else host_seconds
     seconds: dict[Case, list[float]] = {name: [] for name in cases}
     names = list(cases)
     stop = time.perf_counter() + rounds.seconds
@@ -95,14 +96,6 @@ def _summary(values: list[float]) -> Timing:
         return Timing(median, math.nan, 1)
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return Timing(median, (high - low) / median, len(values))
-
-
-def _host_seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    result = run()
-    elapsed = time.perf_counter() - start
-    del result  # freeing it is not part of the time
-    return elapsed
 
 
 def _cuda_timer(device: torch.device) -> Callable[[Callable[[], object]], float]:

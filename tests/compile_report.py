@@ -6,7 +6,8 @@ The cases are the launches of tests/calls.py, recorded: see bench/recording.py. 
 spills in bytes per thread, shared memory, which matrix instruction was chosen, and unfenced copies.
 
 --all takes minutes per target. Without it float32 is compiled for sm_80 and sm_90 alone, and float16, the plain
-epilogue and a hidden size that is no multiple of 16 for sm_90. tests/test_compile.py asserts on the same rows.
+epilogue, a cap alone and a hidden size that is no multiple of 16 for sm_90. tests/test_compile.py
+asserts on the same rows.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ def calls_for(target: str, everything: bool) -> list[Call]:
         chosen += calls.calls([EVEN], [torch.float32], [FULL])
     if target == "sm_90":
         chosen += calls.calls([EVEN], [torch.bfloat16], [PLAIN])
+        # A cap alone, and a vocabulary that fills no tile: the largest tile has no register to spare.
+        chosen += calls.calls([EVEN, MULTIPLE], [torch.bfloat16], [dict(softcap=6.0)], ["logps", "copg"])
         chosen += calls.calls([EVEN], [torch.float16], [FULL], ["logps", "entropy"])
         chosen += calls.calls([PRIME], [torch.bfloat16], [FULL])
     return chosen

@@ -67,16 +67,13 @@ def test_it_is_the_library_that_multiplies():
     assert units == dict(fused=0.0, sliced=1.0)
 
 
-@pytest.mark.parametrize("rows, expected", [(100, 4), (1000, 1), (100_000, 1)])
+@pytest.mark.parametrize("rows, expected", [(100, 4), (1000, 1)])
 def test_slices_are_whole_splits_within_the_budget(rows, expected, monkeypatch):
     """One split at least, so that a statistic belongs to one launch."""
     hidden_states, weight = torch.empty(rows, 1, device=DEVICE), torch.zeros(2048, 1, device=DEVICE)
     blocks = head_blocks(weight)
     split = blocks.BLOCK_V * blocks.tiles_per_split
     monkeypatch.setattr(product_slices, "SLICE_BYTES", 4 * 400 * split)
-    if rows == 100_000:
-        hidden_states = hidden_states[:3]
-        monkeypatch.setattr(product_slices, "SLICE_BYTES", 1)
     slices = [
         (start, stop, product.shape)
         for start, stop, product in products(hidden_states, weight, 0, 2048, blocks, "sliced")

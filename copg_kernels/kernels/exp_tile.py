@@ -169,10 +169,9 @@ def exp_tiles(
         hidden_states.new_empty((R,), dtype=torch.float32),
     )
     num_groups = triton.cdiv(R, blocks.BLOCK_N * GROUP_N)
-    for start, stop, product in products(hidden_states, head.weight, 0, V if R else 0, blocks, way):
-        num_tiles = triton.cdiv(stop - start, blocks.BLOCK_V)
-        if num_tiles:
-            _exp_tile_kernel[(GROUP_N * num_tiles, num_groups)](
+    if R:
+        for start, stop, product in products(hidden_states, head.weight, 0, V, blocks, way):
+            _exp_tile_kernel[(GROUP_N * triton.cdiv(stop - start, blocks.BLOCK_V), num_groups)](
                 labels_ptr=rows.labels,
                 num_rows_ptr=rows.num_rows,
                 reference_ptr=kept.reference,

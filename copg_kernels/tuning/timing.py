@@ -46,17 +46,22 @@ def compare(pairs: dict[str, tuple[Run, Run]], rounds: int, device: torch.device
 def time_once(run: Run, device: torch.device) -> float:
     """Seconds on the device, by its own clock where it has one."""
     if device.type != "cuda":
-        start = time.perf_counter()
-        result = run()
-        elapsed = time.perf_counter() - start
-        del result  # freeing it is not part of the time
-        return elapsed
+        return host_seconds(run)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     run()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
+
+
+def host_seconds(run: Run) -> float:
+    """By the host's clock."""
+    start = time.perf_counter()
+    result = run()
+    elapsed = time.perf_counter() - start
+    del result  # freeing it is not part of the time
+    return elapsed
 
 
 def _compared(seconds: list[tuple[float, float]]) -> Compared:
