@@ -37,7 +37,9 @@ from copg_kernels.kernels.language import LN_2, jit, tl, triton
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.product_slices import blocks_of, products, way_of
 from copg_kernels.kernels.row_statistics import (
+    NOTHING,
     Partials,
+    Wanted,
     exponentials,
     holds_label,
     take_out_label,
@@ -154,7 +156,7 @@ class ScaledTile(NamedTuple):
 
 
 def exp_tiles(
-    hidden_states: Tensor, head: Head, rows: PackedRows, workspace: Tensor, *, entropy: bool = False
+    hidden_states: Tensor, head: Head, rows: PackedRows, workspace: Tensor, *, wanted: Wanted = NOTHING
 ) -> tuple[Partials, ScaledTile]:
     """Packed rows (R, H), head (V, H) -> row statistics, and exponentials in the workspace (its elements, flat)."""
     R, V = rows.row_index.numel(), head.weight.shape[0]
@@ -162,7 +164,7 @@ def exp_tiles(
     blocks = blocks_of(head.weight, way)
     stride_tile = row_stride(V)
     tile_max, tile_sum = hidden_states.new_empty((2, triton.cdiv(V, blocks.BLOCK_V), R), dtype=torch.float32)
-    tile_weighted = torch.empty_like(tile_max) if entropy else None
+    tile_weighted = torch.empty_like(tile_max) if wanted.entropy else None
     kept = ScaledTile(
         workspace[: R * stride_tile].view(R, stride_tile)[:, :V],
         _reference_logits(hidden_states, head),
@@ -211,7 +213,7 @@ class ExpTile(NamedTuple):
 
 
 def exp_tiles_torch(
-    hidden_states: Tensor, head: Head, rows: PackedRows, workspace: Tensor, *, entropy: bool = False
+    hidden_states: Tensor, head: Head, rows: PackedRows, workspace: Tensor, *, wanted: Wanted = NOTHING
 ) -> tuple[Partials, list[ExpTile]]:
     """Twin: hidden_states are the packed rows (R, H); slices of the vocabulary side by side in the workspace."""
     R, V = hidden_states.shape[0], head.weight.shape[0]
@@ -219,18 +221,18 @@ def exp_tiles_torch(
     label_logits = hidden_states.new_empty((R,))
     for start, stop in pairwise([*range(0, V, SPLIT_TORCH), V]):
         out = workspace[R * start : R * stop].view(R, stop - start)
-        tiles.append(exp_tile_torch(hidden_states, head, rows.labels, start, stop, out, entropy=entropy))
+        tiles.append(exp_tile_torch(hidden_states, head, rows.labels, start, stop, out, wanted=wanted))
         label_logits[tiles[-1].held] = tiles[-1].label_logits
     return Partials(
         torch.stack([tile.base for tile in tiles]),
         torch.stack([tile.sums for tile in tiles]),
         label_logits,
-        torch.stack([tile.weighted for tile in tiles if tile.weighted is not None]) if entropy else None,
+        torch.stack([tile.weighted for tile in tiles if tile.weighted is not None]) if wanted.entropy else None,
     ), tiles
 
 
 def exp_tile_torch(
-    hidden_states: Tensor, head: Head, labels: Tensor, start: int, stop: int, out: Tensor, *, entropy: bool = False
+    hidden_states: Tensor, head: Head, labels: Tensor, start: int, stop: int, out: Tensor, *, wanted: Wanted = NOTHING
 ) -> ExpTile:
     """(R, H) rows, (R,) labels -> the slice's exponentials in out (R, stop - start)."""
     slope = logits_tile_torch(hidden_states, head, start, stop, out)
@@ -252,7 +254,7 @@ def exp_tile_torch(
             is_label = torch.arange(start, stop, device=out.device) == labels[absurd].unsqueeze(1)
             base[absurd], sums[absurd] = _exponentials(rows.masked_fill_(is_label, float("-inf")))
             out[absurd] = rows
-    weighted = _weighted(out) if entropy else None
+    weighted = _weighted(out) if wanted.entropy else None
     if slope is not None:
         out.mul_(slope)
     return ExpTile(start, stop, out, base, sums, held, columns, label_logits, label_slope, weighted)

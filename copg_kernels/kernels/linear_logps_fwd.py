@@ -25,7 +25,9 @@ from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.product_slices import blocks_of, products, way_of
 from copg_kernels.kernels.row_statistics import (
     LOWEST,
+    NOTHING,
     Partials,
+    Wanted,
     exponentials,
     holds_label,
     merge_statistics,
@@ -126,7 +128,7 @@ def _linear_logps_fwd_kernel(
 
 
 def linear_logps_fwd(
-    hidden_states: Tensor, head: Head, rows: PackedRows, width: int, *, entropy: bool = False
+    hidden_states: Tensor, head: Head, rows: PackedRows, width: int, *, wanted: Wanted = NOTHING
 ) -> Partials:
     """Packed rows (R, H), head (V, H) -> partial statistics of every counted row, those of its entropy if asked for.
 
@@ -141,7 +143,7 @@ def linear_logps_fwd(
         hidden_states.new_empty(shape, dtype=torch.float32),
         hidden_states.new_empty(shape, dtype=torch.float32),
         hidden_states.new_empty((R,), dtype=torch.float32),
-        hidden_states.new_empty(shape, dtype=torch.float32) if entropy else None,
+        hidden_states.new_empty(shape, dtype=torch.float32) if wanted.entropy else None,
     )
     if R == 0:
         return partials
@@ -162,7 +164,7 @@ def linear_logps_fwd(
 
 
 def linear_logps_fwd_torch(
-    hidden_states: Tensor, head: Head, rows: PackedRows, width: int, *, entropy: bool = False
+    hidden_states: Tensor, head: Head, rows: PackedRows, width: int, *, wanted: Wanted = NOTHING
 ) -> Partials:
     """Twin: hidden_states are the packed rows (R, H) in the accumulation dtype; a split is `width` entries."""
     R, V = hidden_states.shape[0], head.weight.shape[0]
@@ -171,12 +173,12 @@ def linear_logps_fwd_torch(
         hidden_states.new_empty((len(edges) - 1, R), dtype=torch.float64),
         hidden_states.new_empty((len(edges) - 1, R), dtype=torch.float64),
         hidden_states.new_empty((R,)),
-        hidden_states.new_empty((len(edges) - 1, R), dtype=torch.float64) if entropy else None,
+        hidden_states.new_empty((len(edges) - 1, R), dtype=torch.float64) if wanted.entropy else None,
     )
     workspace = hidden_states.new_empty((R * width,))
     for split, (start, stop) in enumerate(pairwise(edges)):
         out = workspace[: R * (stop - start)].view(R, stop - start)
-        tile = exp_tile_torch(hidden_states, head, rows.labels, start, stop, out, entropy=entropy)
+        tile = exp_tile_torch(hidden_states, head, rows.labels, start, stop, out, wanted=wanted)
         partials.max[split], partials.sum[split] = tile.base, tile.sums
         if partials.weighted is not None and tile.weighted is not None:
             partials.weighted[split] = tile.weighted

@@ -21,6 +21,18 @@ from copg_kernels.kernels.language import LOG2_E, jit, tl
 LOWEST = tl.constexpr(-1e38)
 
 
+class Wanted(NamedTuple):
+    """Which numbers of each row are computed besides its log-probability."""
+
+    entropy: bool = False
+    log_sum_sq_probs: bool = False
+    mean_logits: bool = False
+    is_top1: bool = False
+
+
+NOTHING = Wanted()
+
+
 class Partials(NamedTuple):
     """Row statistics per split of the vocabulary, rows in packed order; float32 (max and sum of the twin: float64)."""
 

@@ -23,7 +23,7 @@ from copg_kernels.kernels.contrast import Completions, Contrast
 from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.place_labels import SoftmaxSlice
-from copg_kernels.kernels.row_statistics import Partials
+from copg_kernels.kernels.row_statistics import Partials, Wanted
 from copg_kernels.schedules import compact_tiles, forward, frozen_head, recompute, sparse_softmax
 from copg_kernels.schedules.chunks import Batch, Chunk, batch_of, chunks_of
 from copg_kernels.schedules.compact_tiles import CompactTile
@@ -127,7 +127,7 @@ def in_chunks(
     for index, chunk in enumerate(chunks):
         part = batch_of(chunk, batch)
         packed, rows = counted_rows(part.hidden_states, part.labels, part.ignore_index, backend)
-        partials, tiles = ops.exp_tiles(packed, head, rows, workspace, entropy=entropy)
+        partials, tiles = ops.exp_tiles(packed, head, rows, workspace, wanted=Wanted(entropy))
         contrasts.append(contrast(partials, rows, part.completions))
         coefficients, per_token_logps, lse, _ = contrasts[-1][4:]
         slices = ops.place_labels(tiles, packed, head, rows, per_token_logps, lse)

@@ -7,6 +7,7 @@ from torch import Tensor
 from copg_kernels.kernels.contrast import Completions, Contrast
 from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.pack_rows import PackedRows
+from copg_kernels.kernels.row_statistics import Wanted
 from copg_kernels.schedules.tile_ops import counted_rows, tile_ops
 from copg_kernels.schedules.workspace import slice_width
 
@@ -25,7 +26,7 @@ def token_logps(
     ops = tile_ops(backend)
     hidden_states, rows = counted_rows(hidden_states, labels, ignore_index, backend)
     width = forward_width(head, rows, workspace_bytes, backend)
-    partials = ops.linear_logps_fwd(hidden_states, head, rows, width, entropy=entropy)
+    partials = ops.linear_logps_fwd(hidden_states, head, rows, width, wanted=Wanted(entropy))
     per_token_logps, lse = ops.merge_splits_fwd(partials, rows)
     if not entropy:
         return per_token_logps, lse, lse.new_empty(0)
@@ -54,5 +55,5 @@ def copg(
     ops = tile_ops(backend)
     hidden_states, rows = counted_rows(hidden_states, labels, ignore_index, backend)
     width = forward_width(head, rows, workspace_bytes, backend)
-    partials = ops.linear_logps_fwd(hidden_states, head, rows, width, entropy=entropy)
+    partials = ops.linear_logps_fwd(hidden_states, head, rows, width, wanted=Wanted(entropy))
     return ops.contrast_fwd(partials, rows, completions)

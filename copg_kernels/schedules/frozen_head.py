@@ -17,7 +17,7 @@ from torch import Tensor
 from copg_kernels.kernels.contrast import Completions, Contrast
 from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.pack_rows import PackedRows
-from copg_kernels.kernels.row_statistics import Partials, joined_partials
+from copg_kernels.kernels.row_statistics import Partials, Wanted, joined_partials
 from copg_kernels.schedules.kept_tiles import write_hidden_product
 from copg_kernels.schedules.tile_ops import accumulation_dtype, counted_rows, kept_dtype, operand_dtype, tile_ops
 from copg_kernels.schedules.workspace import balanced, kept_bytes_per_token, kept_elements
@@ -95,7 +95,7 @@ def _chunks(
     for start in range(0, labels.numel(), max_tokens):
         tokens = slice(start, start + max_tokens)
         packed, rows = counted_rows(hidden_states[tokens], labels[tokens], ignore_index, backend)
-        partials, tiles = ops.exp_tiles(packed, head, rows, workspace, entropy=entropy)
+        partials, tiles = ops.exp_tiles(packed, head, rows, workspace, wanted=Wanted(entropy))
         per_token_logps, lse = ops.merge_splits_fwd(partials, rows)
         token_entropy = ops.token_entropy_fwd(partials, rows, per_token_logps) if entropy else lse.new_empty(0)
         slices = ops.place_labels(tiles, packed, head, rows, per_token_logps, lse)
