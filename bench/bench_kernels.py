@@ -20,6 +20,7 @@ from copg_kernels.kernels.compact_tile import Columns, Pool, compact_tile
 from copg_kernels.kernels.contrast import Completions
 from copg_kernels.kernels.count_significant import BLOCK
 from copg_kernels.kernels.gather_product import gather_product
+from copg_kernels.kernels.row_slopes import slopes_of_logps
 from copg_kernels.kernels.row_statistics import Partials
 
 pytest.importorskip("pytest_benchmark")
@@ -93,14 +94,16 @@ def test_kept_logits_gemm(benchmark: Any, tiles: Tiles) -> None:
 def test_place_labels(benchmark: Any, tiles: Tiles) -> None:
     operands = (tiles.hidden_states, tiles.head, tiles.rows)
     partials, kept = tiles.ops.exp_tiles(*operands, tiles.kept_workspace())
-    statistics = tiles.ops.merge_splits_fwd(partials, tiles.rows)
-    bench(benchmark, lambda: tiles.ops.place_labels(kept, *operands, *statistics))
+    token_logps, lse = tiles.ops.merge_splits_fwd(partials, tiles.rows)
+    slopes = slopes_of_logps(token_logps)
+    bench(benchmark, lambda: tiles.ops.place_labels(kept, *operands, slopes, lse))
 
 
 def compact(tiles: Tiles) -> Callable[[Columns], tuple[Pool, Pool | None]]:
     operands = (tiles.hidden_states, tiles.head, tiles.rows)
     partials, kept = tiles.ops.exp_tiles(*operands, tiles.kept_workspace())
-    (part,) = tiles.ops.place_labels(kept, *operands, *tiles.ops.merge_splits_fwd(partials, tiles.rows))
+    token_logps, lse = tiles.ops.merge_splits_fwd(partials, tiles.rows)
+    (part,) = tiles.ops.place_labels(kept, *operands, slopes_of_logps(token_logps), lse)
     capacity = int(0.6 * part.tile.numel() / BLOCK)
     return lambda columns: compact_tile(part, tiles.rows, 2.0**-14, capacity, columns)
 
@@ -127,10 +130,10 @@ def test_product_with_a_compact_tile(benchmark: Any, tiles: Tiles, columns: Colu
 @pytest.mark.benchmark(group="gradient tile, one slice of the vocabulary")
 def test_softmax_minus_label(benchmark: Any, tiles: Tiles, partials: Partials) -> None:
     token_logps, lse = tiles.ops.merge_splits_fwd(partials, tiles.rows)
-    out = tiles.gradient_tile()
+    slopes, out = slopes_of_logps(token_logps), tiles.gradient_tile()
     bench(
         benchmark,
-        lambda: tiles.ops.softmax_minus_label(tiles.hidden_states, tiles.head, tiles.rows, token_logps, lse, 0, out),
+        lambda: tiles.ops.softmax_minus_label(tiles.hidden_states, tiles.head, tiles.rows, slopes, lse, 0, out),
     )
 
 

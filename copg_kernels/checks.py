@@ -146,6 +146,21 @@ def check_return_entropy(return_entropy: bool, sparse_eps: float | None) -> None
         raise ValueError(f"return_entropy needs sparse_eps = None, got {sparse_eps}")
 
 
+def check_entropy_coef(entropy_coef: float, sparse_eps: float | None) -> None:
+    """Any number, and 0 with sparse_eps."""
+    is_number = isinstance(entropy_coef, int | float) and not isinstance(entropy_coef, bool)
+    if not (is_number and -_INFINITY < entropy_coef < _INFINITY):
+        raise ValueError(f"entropy_coef must be a finite number, got {entropy_coef!r}")
+    if entropy_coef and sparse_eps is not None:
+        raise ValueError(f"entropy_coef needs sparse_eps = None, got {sparse_eps}")
+
+
+def check_expected_gradients(expected_gradients: str) -> None:
+    """A name."""
+    if expected_gradients not in ("logps", "entropy", "both"):
+        raise ValueError(f'expected_gradients must be "logps", "entropy" or "both", got {expected_gradients!r}')
+
+
 def check_workspace(
     workspace_bytes: int | None, hidden_states: Tensor, num_rows: int, backend: str, weight: Tensor | None = None
 ) -> int:

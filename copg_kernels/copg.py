@@ -24,7 +24,7 @@ class CoPGOutput(NamedTuple):
     """
 
     loss: Tensor
-    """(), mean over groups."""
+    """(), mean over groups, minus the entropy bonus where there is one."""
     logps: Tensor
     """(N,) log pi(y|x), in nats: summed over the completion's tokens, or averaged."""
     regularized_rewards: Tensor
@@ -38,6 +38,9 @@ class CoPGOutput(NamedTuple):
     """What sparse_eps kept of the softmax: density, mass dropped per token, share of tokens computed exactly."""
     entropy: Tensor | None = None
     """The labels' shape, of each token's softmax, in nats, with return_entropy; 0 at ignored tokens."""
+    mean_entropy: Tensor | None = None
+    """(), over the counted tokens, with return_entropy or an entropy_coef. The loss without its bonus is
+    loss + entropy_coef * mean_entropy."""
 
 
 def sequence_logps(
@@ -174,6 +177,7 @@ def linear_copg_loss(
     ignore_index: int = -100,
     sparse_eps: float | None = None,
     return_entropy: bool = False,
+    entropy_coef: float = 0.0,
     workspace_bytes: int | None = None,
     backend: str = "auto",
 ) -> CoPGOutput:
@@ -204,6 +208,9 @@ def linear_copg_loss(
         average_logps: mean instead of sum over a completion's tokens; beta then weighs a nat per token.
         return_entropy: also each token's entropy, as `linear_logps_and_entropy` has it, at no GEMM more. Not together
             with sparse_eps: a compact softmax has lost the entropy.
+        entropy_coef: strength of an entropy bonus: minus this times the mean entropy of all counted tokens is added to
+            the loss, in nats per token. It takes no head GEMM more; `output.mean_entropy` is there to be logged apart.
+            Not together with sparse_eps.
         bias, logit_scale, softcap, temperature, ignore_index, sparse_eps, workspace_bytes, backend: as `linear_logps`.
 
     Returns:
@@ -244,6 +251,7 @@ def linear_copg_loss(
     backend = checks.resolve_backend(backend, hidden_states)
     checks.check_sparse_eps(sparse_eps, hidden_states.dtype, backend)
     checks.check_return_entropy(return_entropy, sparse_eps)
+    checks.check_entropy_coef(entropy_coef, sparse_eps)
     workspace = checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend, lm_head_weight)
     checks.check_flag("average_logps", average_logps)
     trains = [checks.needs_gradient(x) for x in (hidden_states, lm_head_weight, bias)]
@@ -261,6 +269,7 @@ def linear_copg_loss(
         average_logps,
         trains,
         return_entropy,
+        float(entropy_coef),
         float(logit_scale),
         None if softcap is None else float(softcap),
         float(temperature),
@@ -277,7 +286,14 @@ def linear_copg_loss(
         gemm_units,
         sparsity=None if sparse_eps is None else Sparsity(*statistics.unbind()),
         entropy=entropy.view(labels.shape) if return_entropy else None,
+        mean_entropy=mean_of_counted(entropy, labels, ignore_index) if return_entropy or entropy_coef else None,
     )
+
+
+def mean_of_counted(entropy: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """(T,), 0 where ignored -> (); 0 where nothing counts."""
+    num_counted = (labels != ignore_index).sum().clamp(min=1)
+    return (entropy.sum(dtype=torch.float64) / num_counted).to(entropy.dtype)
 
 
 class CoPGLoss(nn.Module):
@@ -299,6 +315,7 @@ class CoPGLoss(nn.Module):
         ignore_index: int = -100,
         sparse_eps: float | None = None,
         return_entropy: bool = False,
+        entropy_coef: float = 0.0,
         workspace_bytes: int | None = None,
         backend: str = "auto",
     ) -> None:
@@ -313,6 +330,7 @@ class CoPGLoss(nn.Module):
             ignore_index=ignore_index,
             sparse_eps=sparse_eps,
             return_entropy=return_entropy,
+            entropy_coef=entropy_coef,
             workspace_bytes=workspace_bytes,
             backend=backend,
         )

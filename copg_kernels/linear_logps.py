@@ -80,7 +80,7 @@ def linear_logps(
     checks.check_ignore_index(ignore_index)
     backend, workspace = _checked(hidden_states, head, labels, sparse_eps, workspace_bytes, backend)
     if sparse_eps is None or not any(_trains(hidden_states, head)) or not labels.numel():
-        return _exact(hidden_states, head, labels, ignore_index, workspace, backend, entropy=False)[0]
+        return _exact(hidden_states, head, labels, ignore_index, workspace, backend, slopes="logps", entropy=False)[0]
     if checks.is_transformed(hidden_states):
         raise NotImplementedError("sparse_eps must be None under torch.func.vmap")
     tokens = (hidden_states.reshape(-1, hidden_states.shape[-1]), labels.reshape(-1))
@@ -99,28 +99,41 @@ def linear_logps_and_entropy(
     softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    expected_gradients: str = "both",
     workspace_bytes: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`linear_logps`, and the entropy of each row's softmax from the same logits: a sign of collapse, at no extra GEMM.
+    """`linear_logps`, and the entropy of each row's softmax from the same logits; both differentiable.
 
         entropy[t] = -sum_v P[t, v] log P[t, v],    P = softmax(logits)        (0 where labels[t] = ignore_index)
 
-    The log-probabilities have the bits of `linear_logps` and its gradient. The entropy carries none.
+    The log-probabilities have the bits of `linear_logps`. With upstream gradients g of the log-probabilities and h of
+    the entropy, the gradient of the logits is
+
+        dlogits[t, v] = g[t] (1[v = labels[t]] - P[t, v]) - h[t] P[t, v] (log P[t, v] + entropy[t])
+
+    and goes on as in `linear_logps`, from one recomputed tile for both. So a trainable head takes four head GEMMs in
+    all, whatever arrives. A frozen head takes three, or two where the forward pass knows what will arrive.
 
     Args:
-        as in `linear_logps`, but for sparse_eps: a compact softmax has lost the entropy.
+        expected_gradients: which gradients will arrive, so that a frozen head can prepare for them: "logps" (where the
+            entropy is only logged), "entropy" or "both". With "both" it takes three head GEMMs, whatever arrives. With
+            one of the others two, and four where the guess was wrong, which is no error. A trainable head takes no
+            notice.
+        The others: as in `linear_logps`, but for sparse_eps: a compact softmax has lost the entropy.
 
     Returns:
         per_token_logps, entropy: (...,) float32, in nats (float64 for float64 operands).
 
     Raises:
-        TypeError, ValueError: as `linear_logps`.
+        TypeError, ValueError, NotImplementedError: as `linear_logps`; expected_gradients is none of the three.
     """
     head = Head(lm_head_weight, bias, logit_scale, softcap, temperature)
     checks.check_ignore_index(ignore_index)
+    checks.check_expected_gradients(expected_gradients)
     backend, workspace = _checked(hidden_states, head, labels, None, workspace_bytes, backend)
-    return _exact(hidden_states, head, labels, ignore_index, workspace, backend, entropy=True)
+    slopes = "none" if expected_gradients == "both" else expected_gradients
+    return _exact(hidden_states, head, labels, ignore_index, workspace, backend, slopes=slopes, entropy=True)
 
 
 def _checked(
@@ -152,15 +165,17 @@ def _exact(
     workspace_bytes: int,
     backend: str,
     *,
+    slopes: str,
     entropy: bool,
 ) -> tuple[Tensor, Tensor]:
+    """slopes: whose derivative is formed along with the log-probabilities where the head is frozen; "none"."""
     frozen_head = _trains(hidden_states, head) == [True, False, False]
     per_token_logps, _, _, token_entropy = linear_logps_op(
         hidden_states.reshape(-1, hidden_states.shape[-1]),
         head.weight,
         labels.reshape(-1),
         head.bias,
-        frozen_head and can_keep_tiles(hidden_states.dtype, backend),
+        slopes if frozen_head and can_keep_tiles(hidden_states.dtype, backend) else "none",
         entropy,
         float(head.logit_scale),
         None if head.softcap is None else float(head.softcap),

@@ -26,7 +26,7 @@ def linear_logps_op(
     lm_head_weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
-    frozen_head: bool,
+    slopes: str,
     entropy: bool,
     logit_scale: float,
     softcap: float | None,
@@ -35,15 +35,16 @@ def linear_logps_op(
     workspace_bytes: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(T, H), (V, H), (T,) -> per_token_logps (T,), lse (2, T), dlogp/dhidden (T, H), entropy (T,).
+    """(T, H), (V, H), (T,) -> per_token_logps (T,), lse (2, T), u (T, H), entropy (T,).
 
-    The last two are empty where not asked for.
+    slopes, where the head is frozen: u is the derivative by the hidden states of "logps" or of "entropy"; "none". The
+    last two outputs are empty where not asked for.
     """
     checks.require_labels(labels, lm_head_weight.shape[0], ignore_index)
     head = plain_head(lm_head_weight, bias, logit_scale, softcap, temperature)
     hidden_states = row_major(hidden_states)
     with on_device(hidden_states, workspace_bytes):
-        if frozen_head:
+        if slopes != "none":
             return frozen.token_logps_and_slopes(
                 hidden_states,
                 head,
@@ -52,6 +53,7 @@ def linear_logps_op(
                 workspace_bytes=workspace_bytes,
                 backend=backend,
                 entropy=entropy,
+                of_entropy=slopes == "entropy",
             )
         per_token_logps, lse, token_entropy = forward.token_logps(
             hidden_states,
@@ -66,25 +68,27 @@ def linear_logps_op(
 
 
 @linear_logps_op.register_fake
-def _(hidden_states, lm_head_weight, labels, bias, frozen_head, entropy, *options):
+def _(hidden_states, lm_head_weight, labels, bias, slopes, entropy, *options):
     per_token_logps, lse = _token_outputs(hidden_states)
     token_entropy = torch.empty_like(per_token_logps) if entropy else lse.new_empty(0)
-    if frozen_head:
+    if slopes != "none":
         kept = kept_dtype(hidden_states.dtype)
-        slopes = torch.empty_like(hidden_states, dtype=kept, memory_format=torch.contiguous_format)
-        return per_token_logps, lse, slopes, token_entropy
+        u = torch.empty_like(hidden_states, dtype=kept, memory_format=torch.contiguous_format)
+        return per_token_logps, lse, u, token_entropy
     return per_token_logps, lse, lse.new_empty(0), token_entropy
 
 
 @torch.library.custom_op("copg_kernels::linear_logps_bwd", mutates_args=())
 def linear_logps_bwd_op(
-    dlogps: Tensor,
+    dlogps: Tensor | None,
+    dentropy: Tensor | None,
     hidden_states: Tensor,
     lm_head_weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
     per_token_logps: Tensor,
     lse: Tensor,
+    entropy: Tensor,
     needs: list[bool],
     logit_scale: float,
     softcap: float | None,
@@ -93,10 +97,10 @@ def linear_logps_bwd_op(
     workspace_bytes: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(T,) upstream gradient -> gradients of hidden_states, lm_head_weight, bias; an empty tensor where not needed."""
+    """(T,) upstream gradients -> gradients of hidden_states, lm_head_weight, bias; an empty tensor where not needed."""
     with on_device(hidden_states, workspace_bytes):
         return recompute.token_logps_bwd(
-            dlogps.contiguous(),
+            None if dlogps is None else dlogps.contiguous(),
             row_major(hidden_states),
             plain_head(lm_head_weight, bias, logit_scale, softcap, temperature),
             labels,
@@ -106,11 +110,13 @@ def linear_logps_bwd_op(
             ignore_index=ignore_index,
             workspace_bytes=workspace_bytes,
             backend=backend,
+            dentropy=dentropy,
+            entropy=entropy,
         )
 
 
 @linear_logps_bwd_op.register_fake
-def _(dlogps, hidden_states, lm_head_weight, labels, bias, per_token_logps, lse, needs, *options):
+def _(dlogps, dentropy, hidden_states, lm_head_weight, labels, bias, per_token_logps, lse, entropy, needs, *options):
     inputs = (hidden_states, lm_head_weight, bias)
     return tuple(
         torch.empty_like(x, memory_format=torch.contiguous_format) if need else hidden_states.new_empty(0)
@@ -119,39 +125,45 @@ def _(dlogps, hidden_states, lm_head_weight, labels, bias, per_token_logps, lse,
 
 
 def _linear_logps_setup(ctx, inputs, output):
-    hidden_states, lm_head_weight, labels, bias, ctx.frozen_head, _, *ctx.options = inputs
-    per_token_logps, lse, dlogp_dhidden, entropy = output
-    ctx.mark_non_differentiable(lse, dlogp_dhidden, entropy)
+    hidden_states, lm_head_weight, labels, bias, ctx.slopes, has_entropy, *ctx.options = inputs
+    per_token_logps, lse, u, entropy = output
+    ctx.mark_non_differentiable(lse, u, *([] if has_entropy else [entropy]))
     # Otherwise the backward pass is given zeros of the size of every other output.
     ctx.set_materialize_grads(False)
     ctx.dtype = hidden_states.dtype
-    if ctx.frozen_head:
-        ctx.save_for_backward(labels, dlogp_dhidden)
+    if ctx.slopes == "none" or has_entropy:
+        ctx.save_for_backward(labels, u, hidden_states, lm_head_weight, bias, per_token_logps, lse, entropy)
     else:
-        ctx.save_for_backward(hidden_states, lm_head_weight, labels, bias, per_token_logps, lse)
+        ctx.save_for_backward(labels, u)
 
 
-def _linear_logps_backward(ctx, dlogps, *_):
+def _linear_logps_backward(ctx, dlogps, _, __, dentropy):
     refuse_second_derivative()
-    if dlogps is None:
-        return (None,) * (6 + len(ctx.options))
-    if ctx.frozen_head:
-        labels, dlogp_dhidden = ctx.saved_tensors
-        ignore_index = ctx.options[3]
-        # Whatever reaches an ignored token, NaN included, goes no further.
-        coefficient = torch.where(labels != ignore_index, dlogps, 0.0)
-        dhidden, dweight, dbias = (dlogp_dhidden * coefficient.unsqueeze(1)).to(ctx.dtype), None, None
+    dhidden = dweight = dbias = None
+    known = {"logps": (dlogps, dentropy), "entropy": (dentropy, dlogps), "none": (None, True)}
+    upstream, other = known[ctx.slopes]
+    if dlogps is None and dentropy is None:
+        pass
+    elif other is None:
+        dhidden = _scaled_slopes(ctx, upstream)
     else:
         needs = ctx.needs_input_grad[:2] + ctx.needs_input_grad[3:4]
-        dhidden, dweight, dbias = _token_gradients(ctx, dlogps, needs)
+        dhidden, dweight, dbias = _token_gradients(ctx, dlogps, dentropy, needs)
     return dhidden, dweight, None, dbias, None, None, *(None for _ in ctx.options)
 
 
-def _token_gradients(ctx, dlogps, needs):
-    hidden_states, lm_head_weight, labels, bias, per_token_logps, lse = ctx.saved_tensors[:6]
-    gradients = linear_logps_bwd_op(
-        dlogps, hidden_states, lm_head_weight, labels, bias, per_token_logps, lse, list(needs), *ctx.options
-    )
+def _scaled_slopes(ctx, upstream):
+    labels, u = ctx.saved_tensors[:2]
+    ignore_index = ctx.options[3]
+    # Whatever reaches an ignored token, NaN included, goes no further.
+    coefficient = torch.where(labels != ignore_index, upstream, 0.0)
+    return (u * coefficient.unsqueeze(1)).to(ctx.dtype)
+
+
+def _token_gradients(ctx, dlogps, dentropy, needs):
+    labels, _, hidden_states, lm_head_weight, bias, per_token_logps, lse, entropy = ctx.saved_tensors
+    operands = (hidden_states, lm_head_weight, labels, bias, per_token_logps, lse, entropy)
+    gradients = linear_logps_bwd_op(dlogps, dentropy, *operands, list(needs), *ctx.options)
     return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
 
 
@@ -173,6 +185,7 @@ def linear_copg_op(
     average_logps: bool,
     needs: list[bool],
     entropy: bool,
+    entropy_coef: float,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
@@ -183,6 +196,7 @@ def linear_copg_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> Contrast, Gradients (empty where not needed), GEMM units, the numbers of Sparsity (3,).
 
+    With entropy_coef the loss and the gradients have the entropy bonus, and entropy is there, asked for or not.
     The gradients are computed here, where whole groups have their logits at hand; the backward pass scales them.
     equal_sizes is (tokens per completion, completions per group), empty where these differ.
     """
@@ -206,6 +220,7 @@ def linear_copg_op(
             workspace_bytes=workspace_bytes,
             backend=backend,
             entropy=entropy,
+            entropy_coef=entropy_coef,
         )
     return *contrast, *gradients, gemm_units(units, contrast.loss), statistics
 
@@ -225,6 +240,7 @@ def _(
     average_logps,
     needs,
     entropy,
+    entropy_coef,
     *options,
 ):
     dtype, kept = accumulation_dtype(hidden_states.dtype), kept_dtype(hidden_states.dtype)
@@ -238,7 +254,7 @@ def _(
     units = rewards.new_empty((), dtype=torch.int64)
     loss, statistics = rewards.new_empty((), dtype=dtype), rewards.new_empty((3,), dtype=dtype)
     per_token_logps, lse = _token_outputs(hidden_states)
-    token_entropy = torch.empty_like(per_token_logps) if entropy else lse.new_empty(0)
+    token_entropy = torch.empty_like(per_token_logps) if entropy or entropy_coef else lse.new_empty(0)
     return loss, *per_completion, per_token_logps, lse, token_entropy, *gradients, units, statistics
 
 

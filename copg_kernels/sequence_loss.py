@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from copg_kernels import checks
-from copg_kernels.copg import CoPGOutput, sequence_logps
+from copg_kernels.copg import CoPGOutput, mean_of_counted, sequence_logps
 from copg_kernels.kernels.contrast import Completions, Contrast, segment_sum
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.row_statistics import Partials
@@ -18,7 +18,6 @@ from copg_kernels.linear_logps import linear_logps, linear_logps_and_entropy
 from copg_kernels.ops import gemm_units, on_device, plain_head, refuse_second_derivative, row_major, scaled_once
 from copg_kernels.schedules import closed_groups, recompute
 from copg_kernels.schedules.chunks import Batch, Chunk, capturing, chunks_of
-from copg_kernels.schedules.sparse_softmax import Sparsity
 from copg_kernels.schedules.tile_ops import accumulation_dtype, can_keep_tiles, tile_ops
 
 # A separable loss gives a group the same slopes whatever the others' log-probabilities are, but for rounding.
@@ -45,6 +44,7 @@ def linear_sequence_loss(
     ignore_index: int = -100,
     sparse_eps: float | None = None,
     return_entropy: bool = False,
+    entropy_coef: float = 0.0,
     workspace_bytes: int | None = None,
     backend: str = "auto",
 ) -> CoPGOutput:
@@ -89,6 +89,7 @@ def linear_sequence_loss(
     backend = checks.resolve_backend(backend, hidden_states)
     checks.check_sparse_eps(sparse_eps, hidden_states.dtype, backend)
     checks.check_return_entropy(return_entropy, sparse_eps)
+    checks.check_entropy_coef(entropy_coef, sparse_eps)
     checks.check_flag("average_logps", average_logps)
     workspace = checks.check_workspace(workspace_bytes, hidden_states, labels.numel(), backend, lm_head_weight)
     ref_logps, rewards = ref_logps.detach(), rewards.detach()
@@ -124,9 +125,9 @@ def linear_sequence_loss(
         head = plain_head(weight, head_bias, float(logit_scale), softcap, float(temperature))
         tokens = row_major(hidden_states.detach().reshape(-1, hidden_states.shape[-1])), labels.reshape(-1)
         batch = Batch(tokens[0], head, tokens[1], completions, ignore_index)
-        entropy_shape = labels.shape if return_entropy else None
         options = dict(workspace_bytes=workspace, backend=backend, is_separable=_is_separable(loss))
-        output = _in_closed_groups(batch, inputs, recompute.Needs(*trains), value_of, entropy_shape, **options)
+        wanted = _Entropy(labels.shape, return_entropy, float(entropy_coef))
+        output = _in_closed_groups(batch, inputs, recompute.Needs(*trains), value_of, wanted, **options)
         if output is not None:
             return output
     options = dict(
@@ -139,20 +140,40 @@ def linear_sequence_loss(
         backend=backend,
     )
     entropy = None
-    if return_entropy:
-        per_token_logps, entropy = linear_logps_and_entropy(hidden_states, lm_head_weight, labels, **options)
+    if return_entropy or entropy_coef:
+        expected = "both" if entropy_coef else "logps"
+        per_token_logps, entropy = linear_logps_and_entropy(
+            hidden_states, lm_head_weight, labels, expected_gradients=expected, **options
+        )
     else:
         per_token_logps = linear_logps(hidden_states, lm_head_weight, labels, sparse_eps=sparse_eps, **options)
     logps = sequence_logps(
         per_token_logps, labels, cu_seqlens=cu_seqlens, average=average_logps, ignore_index=ignore_index
     )
     frozen_head = can_keep_tiles(hidden_states.dtype, backend) and trains == [True, False, False]
-    units = 2 if frozen_head else 2 + sum(trains[:2]) if any(trains) else 1
+    units = 2 if frozen_head and not entropy_coef else 2 + sum(trains[:2]) if any(trains) else 1
     sparsity = getattr(per_token_logps, "sparsity", None)
     if sparsity is not None:
         units = 1
     known = logps.detach().clone()  # a loss may work in place
-    return _output(value_of(logps), known, ref_logps, rewards, beta, units, sparsity, entropy)
+    value, mean_entropy = value_of(logps), None
+    if entropy is not None:
+        mean_entropy = mean_of_counted(entropy, labels, ignore_index)
+        value = value - entropy_coef * mean_entropy if entropy_coef else value
+    if mean_entropy is not None:
+        mean_entropy = mean_entropy.detach()
+    if entropy is not None:
+        entropy = entropy.detach() if return_entropy else None
+    output = _output(value, known, ref_logps, rewards, beta, units)
+    return output._replace(sparsity=sparsity, entropy=entropy, mean_entropy=mean_entropy)
+
+
+class _Entropy(NamedTuple):
+    """What is asked for of it."""
+
+    shape: torch.Size  # of the labels
+    is_returned: bool
+    coef: float
 
 
 def _is_separable(loss: Callable[..., Tensor]) -> bool:
@@ -166,16 +187,13 @@ def _in_closed_groups(
     inputs: Sequence[Tensor | None],
     needs: recompute.Needs,
     value_of: Callable[[Tensor], Tensor],
-    entropy_shape: torch.Size | None,
+    wanted: _Entropy,
     *,
     workspace_bytes: int,
     backend: str,
     is_separable: bool,
 ) -> CoPGOutput | None:
-    """Loss and gradients from one computation of the logits; None where they have to be computed another way.
-
-    entropy_shape is that of the labels, or None where no entropy is wanted.
-    """
+    """Loss and gradients from one computation of the logits; None where they have to be computed another way."""
     completions = batch.completions
     with on_device(batch.hidden_states, workspace_bytes):
         chunks = chunks_of(batch, needs, workspace_bytes=workspace_bytes, backend=backend)
@@ -185,17 +203,22 @@ def _in_closed_groups(
         logps = completions.ref_logps.to(accumulation_dtype(batch.hidden_states.dtype), copy=True)
         slopes = _Slopes(value_of, logps, batch)
         contrast = _contrast(slopes, chunks, tile_ops(backend).contrast_fwd)
-        entropy = entropy_shape is not None
-        contrasted, gradients, _ = closed_groups.in_chunks(batch, chunks, needs, contrast, backend, entropy=entropy)
+        dentropy = closed_groups.slope_of_bonus(wanted.coef, batch) if wanted.coef else None
+        entropy: dict[str, Any] = dict(entropy=wanted.is_returned or dentropy is not None, dentropy=dentropy)
+        contrasted, gradients, _ = closed_groups.in_chunks(batch, chunks, needs, contrast, backend, **entropy)
         if len(chunks) > 1 and not slopes.agree_with(contrasted.coefficients):
             return None
-    wanted = [(x, gradient) for x, gradient, need in zip(inputs, gradients, needs, strict=True) if need]
-    gradients_of = [gradient for _, gradient in wanted]
-    value = _KnownGradients.apply(slopes.value, backend, gradients_of, *(x for x, _ in wanted))
-    token_entropy = None if entropy_shape is None else contrasted.entropy.view(entropy_shape)
+    trained = [(x, gradient) for x, gradient, need in zip(inputs, gradients, needs, strict=True) if need]
+    gradients_of = [gradient for _, gradient in trained]
+    value, mean_entropy = slopes.value, None
+    if contrasted.entropy.numel():
+        mean_entropy = mean_of_counted(contrasted.entropy, batch.labels, batch.ignore_index)
+        value = value - wanted.coef * mean_entropy if wanted.coef else value
+    value = _KnownGradients.apply(value, backend, gradients_of, *(x for x, _ in trained))
     numbers = (completions.ref_logps, completions.rewards, completions.beta)
-    units = 1 + needs.hidden_states + needs.weight
-    return _output(value, logps, *numbers, units, entropy=token_entropy)
+    output = _output(value, logps, *numbers, 1 + needs.hidden_states + needs.weight)
+    token_entropy = contrasted.entropy.view(wanted.shape) if wanted.is_returned else None
+    return output._replace(entropy=token_entropy, mean_entropy=mean_entropy)
 
 
 class _Slopes:
@@ -268,8 +291,6 @@ def _output(
     rewards: Tensor,
     beta: float,
     units: int,
-    sparsity: Sparsity | None = None,
-    entropy: Tensor | None = None,
 ) -> CoPGOutput:
     log_ratios = logps.double() - ref_logps.double()
     regularized_rewards = rewards.double() - beta * log_ratios
@@ -279,6 +300,4 @@ def _output(
         regularized_rewards.to(logps.dtype),
         log_ratios.to(logps.dtype),
         gemm_units(units, logps),
-        sparsity,
-        entropy,
     )

@@ -66,7 +66,8 @@ def test_a_number_that_is_read_is_noticed(launches):
 @pytest.mark.parametrize("average", [False, True], ids=["sum", "mean"])
 def test_the_fused_loss(launches, frozen_head, sparse_eps, average, workspace):
     needs = [True, not frozen_head, not frozen_head]
-    options = (0.3, average, needs, not sparse_eps, 0.9, 8.0, 1.25, -100, sparse_eps, WORKSPACES[workspace], "triton")
+    entropy = (not sparse_eps, 0.0 if sparse_eps else 0.1 * average)
+    options = (0.3, average, needs, *entropy, 0.9, 8.0, 1.25, -100, sparse_eps, WORKSPACES[workspace], "triton")
     with FakeTensorMode():
         # The function behind the operator, which itself would be satisfied with the shapes of its results.
         linear_copg_op._init_fn(*operands(), *completions(), [T // N, 2], *options)
@@ -81,8 +82,8 @@ def test_log_probs(launches, frozen_head):
     options = (0.9, 8.0, 1.25, -100, 2**20, "triton")
     with FakeTensorMode():
         inputs = operands()
-        logps, lse, *_ = linear_logps_op._init_fn(*inputs, frozen_head, True, *options)
-        linear_logps_bwd_op._init_fn(logps, *inputs, logps, lse, [True, True, True], *options)
+        logps, lse, _, entropy = linear_logps_op._init_fn(*inputs, "entropy" if frozen_head else "none", True, *options)
+        linear_logps_bwd_op._init_fn(logps, entropy, *inputs, logps, lse, entropy, [True, True, True], *options)
     assert "_token_entropy_kernel" in launches and "_softmax_minus_label_kernel" in launches
 
 

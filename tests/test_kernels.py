@@ -9,6 +9,7 @@ from copg_kernels.kernels.blocks import head_blocks
 from copg_kernels.kernels.contrast import Completions
 from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.pack_rows import pack_rows
+from copg_kernels.kernels.row_slopes import slopes_of_logps
 from copg_kernels.schedules.tile_ops import counted_rows, tile_ops
 from copg_kernels.schedules.workspace import kept_elements, tile_in
 from tests.conftest import BACKENDS, DEVICE
@@ -116,7 +117,7 @@ def test_tile_agrees_and_ignored_rows_are_zero():
         start, R = 128, rows.row_index.numel()
         workspace = torch.empty(kept_elements(R, V - start, backend), device=DEVICE)
         out = tile_in(workspace, R, V - start, backend)
-        tile_ops(backend).softmax_minus_label(packed, head, rows, per_token_logps, lse, start, out)
+        tile_ops(backend).softmax_minus_label(packed, head, rows, slopes_of_logps(per_token_logps), lse, start, out)
         num_rows = rows.num_rows.item()
         assert backend == "torch" or (out[num_rows:] == 0).all()
         tiles.append(out[:num_rows, -22:])
@@ -141,6 +142,7 @@ def test_the_tile_that_is_timed_is_one_that_kernels_can_write():
         tiles = make_tiles(Shape("", 97, 16, 20, 10), torch.float32, DEVICE, backend)
         token_logps, lse = tiles.ops.merge_splits_fwd(tiles.forward(), tiles.rows)
         out = tiles.gradient_tile()
-        tiles.ops.softmax_minus_label(tiles.hidden_states, tiles.head, tiles.rows, token_logps, lse, 0, out)
+        slopes = slopes_of_logps(token_logps)
+        tiles.ops.softmax_minus_label(tiles.hidden_states, tiles.head, tiles.rows, slopes, lse, 0, out)
         found.append(out[: tiles.rows.num_rows])
     assert all(relative_error(tile, found[0]) < 1e-5 for tile in found)

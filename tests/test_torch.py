@@ -46,21 +46,24 @@ def completions() -> tuple:
 )
 def test_opcheck(with_bias, backend):
     head = (0.9, 8.0, 1.25, -100, 2**20, backend)
-    torch.library.opcheck(linear_logps_op, (*operands(with_bias), False, with_bias, *head))
+    torch.library.opcheck(linear_logps_op, (*operands(with_bias), "none", with_bias, *head))
     fused_head = (0.9, 8.0, 1.25, -100, None, 2**20, backend)
     needs = [True, True, with_bias]
-    arguments = (*operands(with_bias), *completions(), [], 0.3, True, needs, with_bias, *fused_head)
+    # opcheck differentiates the absolute value: of a negative loss the gradients would be scaled in place.
+    arguments = (*operands(with_bias), *completions(), [], 0.3, True, needs, False, -0.2 * with_bias, *fused_head)
     torch.library.opcheck(linear_copg_op, arguments)
     hidden_states, weight, labels, bias = (None if x is None else x.detach() for x in operands(with_bias))
-    logps, lse, _, _ = linear_logps_op(hidden_states, weight, labels, bias, False, False, *head)
-    arguments = (torch.randn(T, device=DEVICE), hidden_states, weight, labels, bias, logps, lse, needs, *head)
+    logps, lse, _, entropy = linear_logps_op(hidden_states, weight, labels, bias, "none", with_bias, *head)
+    upstream = torch.randn(2, T, device=DEVICE) if with_bias else (torch.randn(T, device=DEVICE), None)
+    arguments = (*upstream, hidden_states, weight, labels, bias, logps, lse, entropy, needs, *head)
     torch.library.opcheck(linear_logps_bwd_op, arguments)
 
 
-def test_opcheck_of_a_frozen_head(backend):
+@pytest.mark.parametrize(("slopes", "entropy"), [("logps", True), ("logps", False), ("entropy", True)])
+def test_opcheck_of_a_frozen_head(slopes, entropy, backend):
     hidden_states, weight, labels, bias = operands()
-    frozen = (hidden_states, weight.detach(), labels, bias.detach(), True, True, 0.9, 8.0, 1.25, -100, 2**20, backend)
-    torch.library.opcheck(linear_logps_op, frozen)
+    frozen = (hidden_states, weight.detach(), labels, bias.detach())
+    torch.library.opcheck(linear_logps_op, (*frozen, slopes, entropy, 0.9, 8.0, 1.25, -100, 2**20, backend))
 
 
 def programs(backend: str) -> dict:

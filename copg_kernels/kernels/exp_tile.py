@@ -1,6 +1,6 @@
 """Exponentials of logits that stay, with their row statistics: one GEMM from which the gradients need no other.
 
-    tile[r, v] = slope * exp(z[r, v] - reference[r])            0 at the label;  slope: the cap's derivative
+    tile[r, v] = slope * exp(z[r, v] - reference[r])            0 at the label;  slope: the cap's derivative, or 1
 
 The reference only has to be near the row's log-sum-exp, because a bfloat16 has the exponents of a float32: the largest
 of the first logits will do. So the row's log-sum-exp need not be known when the tile is stored, no second pass over it
@@ -84,6 +84,7 @@ def _exp_tile_kernel(
     BIAS_ON_ACC: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_CAP: tl.constexpr,
+    KEEPS_SLOPE: tl.constexpr,
     USE_TMA: tl.constexpr,
     EVEN_V: tl.constexpr,
     EVEN_H: tl.constexpr,
@@ -135,7 +136,7 @@ def _exp_tile_kernel(
         if tile_weighted_ptr is not None:
             weighted += weighted_terms(exps, distance)
         value = exps * factor[:, None]
-        if HAS_CAP:
+        if KEEPS_SLOPE:
             value *= cap_slope(z, inv_softcap, inv_temperature)
         store_part(tile, value, pid_n * BLOCK_N, start_v, R, padded_width, stride_tile, USE_TMA)
     offset = pid_v.to(tl.int64) * R + offs_n
@@ -156,9 +157,18 @@ class ScaledTile(NamedTuple):
 
 
 def exp_tiles(
-    hidden_states: Tensor, head: Head, rows: PackedRows, workspace: Tensor, *, wanted: Wanted = NOTHING
+    hidden_states: Tensor,
+    head: Head,
+    rows: PackedRows,
+    workspace: Tensor,
+    *,
+    wanted: Wanted = NOTHING,
+    keeps_slope: bool = True,
 ) -> tuple[Partials, ScaledTile]:
-    """Packed rows (R, H), head (V, H) -> row statistics, and exponentials in the workspace (its elements, flat)."""
+    """Packed rows (R, H), head (V, H) -> row statistics, and exponentials in the workspace (its elements, flat).
+
+    keeps_slope: with the cap's derivative, unless `add_entropy` is to put it in.
+    """
     R, V = rows.row_index.numel(), head.weight.shape[0]
     way = way_of(head.weight, "loss")
     blocks = blocks_of(head.weight, way)
@@ -182,6 +192,7 @@ def exp_tiles(
                 tile_weighted_ptr=tile_weighted,
                 label_logits_ptr=kept.label_logits,
                 GROUP_N=GROUP_N,
+                KEEPS_SLOPE=keeps_slope and head.softcap is not None,
                 **out_arguments(padded(kept.tile), blocks),
                 **tile_arguments(hidden_states, head, blocks, start, product),
             )
@@ -213,7 +224,13 @@ class ExpTile(NamedTuple):
 
 
 def exp_tiles_torch(
-    hidden_states: Tensor, head: Head, rows: PackedRows, workspace: Tensor, *, wanted: Wanted = NOTHING
+    hidden_states: Tensor,
+    head: Head,
+    rows: PackedRows,
+    workspace: Tensor,
+    *,
+    wanted: Wanted = NOTHING,
+    keeps_slope: bool = True,
 ) -> tuple[Partials, list[ExpTile]]:
     """Twin: hidden_states are the packed rows (R, H); slices of the vocabulary side by side in the workspace."""
     R, V = hidden_states.shape[0], head.weight.shape[0]
@@ -221,7 +238,9 @@ def exp_tiles_torch(
     label_logits = hidden_states.new_empty((R,))
     for start, stop in pairwise([*range(0, V, SPLIT_TORCH), V]):
         out = workspace[R * start : R * stop].view(R, stop - start)
-        tiles.append(exp_tile_torch(hidden_states, head, rows.labels, start, stop, out, wanted=wanted))
+        tiles.append(
+            exp_tile_torch(hidden_states, head, rows.labels, start, stop, out, wanted=wanted, keeps_slope=keeps_slope)
+        )
         label_logits[tiles[-1].held] = tiles[-1].label_logits
     return Partials(
         torch.stack([tile.base for tile in tiles]),
@@ -232,7 +251,15 @@ def exp_tiles_torch(
 
 
 def exp_tile_torch(
-    hidden_states: Tensor, head: Head, labels: Tensor, start: int, stop: int, out: Tensor, *, wanted: Wanted = NOTHING
+    hidden_states: Tensor,
+    head: Head,
+    labels: Tensor,
+    start: int,
+    stop: int,
+    out: Tensor,
+    *,
+    wanted: Wanted = NOTHING,
+    keeps_slope: bool = True,
 ) -> ExpTile:
     """(R, H) rows, (R,) labels -> the slice's exponentials in out (R, stop - start)."""
     slope = logits_tile_torch(hidden_states, head, start, stop, out)
@@ -255,14 +282,15 @@ def exp_tile_torch(
             base[absurd], sums[absurd] = _exponentials(rows.masked_fill_(is_label, float("-inf")))
             out[absurd] = rows
     weighted = _weighted(out) if wanted.entropy else None
-    if slope is not None:
+    if slope is not None and keeps_slope:
         out.mul_(slope)
     return ExpTile(start, stop, out, base, sums, held, columns, label_logits, label_slope, weighted)
 
 
 def _weighted(tile: Tensor) -> Tensor:
     """Exponentials e of z - base -> row sums of e log e, 0 log 0 being 0; a few rows at a time, for they are copied."""
-    return torch.cat([-torch.special.entr(rows).sum(1).double() for rows in tile.split(_ROWS_AT_ONCE)])
+    tiny = torch.finfo(tile.dtype).tiny
+    return torch.cat([rows.clamp_min(tiny).log_().mul_(rows).sum(1).double() for rows in tile.split(_ROWS_AT_ONCE)])
 
 
 def _exponentials(tile: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,9 @@
 
     tile[r, v] = exp(residual[r]) * slope * (softmax(z[r])[v] - 1[v = label[r]])       slope: the cap's derivative
 
+and where the entropy has a gradient, its part as well: see row_slopes, where the label's entry comes from too.
 exp(z - lse) with lse rounded to float32 carries the factor exp(residual); the label's column gets it too, so that the
-caller can take it out of the row with the coefficient. The label's column is expm1(logp), never a rounded probability
-minus one: for p > 0.99 that difference would keep no digit in bfloat16. A token's
-coefficient stays outside, so that it multiplies a T x H operand instead of T x V.
+caller can take it out of the row with the coefficient.
 """
 
 from __future__ import annotations
@@ -24,9 +23,10 @@ from copg_kernels.kernels.head import (
     store_part,
     tile_arguments,
 )
-from copg_kernels.kernels.language import LOG2_E, jit, tl, triton
+from copg_kernels.kernels.language import LN_2, LOG2_E, jit, tl, triton
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.product_slices import blocks_of, products, way_of
+from copg_kernels.kernels.row_slopes import RowSlopes, exponentials_with_weighted_logs
 from copg_kernels.kernels.row_statistics import holds_label
 
 # float16 flushes probabilities under 6e-8 to zero; the tile's entries are at most 1, so they can be stored larger.
@@ -42,7 +42,8 @@ def _softmax_minus_label_kernel(
     row_index_ptr,  # (R,) int64
     labels_ptr,  # (R,) int64, packed
     num_rows_ptr,  # (1,) int64
-    per_token_logps_ptr,  # (T,) float32
+    at_label_ptr,  # (T,) float32
+    of_others_ptr,  # (2, T) float32, or None: see RowSlopes
     lse_ptr,  # (2, T) float32
     only_ptr,  # (row blocks,) int32: which blocks to compute, or None for all
     tile,  # (R, padded width), out
@@ -89,8 +90,8 @@ def _softmax_minus_label_kernel(
             store_part(tile, zeros, pid_n * BLOCK_N, start_c, R, padded_width, stride_tile, USE_TMA)
         return
 
-    # 3. The forward's logits again, then the probabilities; the label's column is expm1(logp). What belongs to a row is
-    # read after the GEMM, through which it would hold registers that are not there.
+    # 3. The forward's logits again, then the probabilities. What belongs to a row is read after the GEMM, through which
+    # it would hold registers that are not there.
     parts = head_logits(
         hidden, product_ptr, pid_n * BLOCK_N, weight, bias_ptr, first_tile + pid_v, first_tile, R, V, H,
         stride_weight, stride_product, logit_scale, inv_softcap, inv_temperature,
@@ -102,16 +103,23 @@ def _softmax_minus_label_kernel(
     label = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1).to(tl.int32)
     lse = tl.load(lse_ptr + rows, mask=mask_n, other=float("inf"))
     row_scale = tl.where(mask_n, tile_scale, 0.0)[:, None]
+    if of_others_ptr is not None:
+        shift = tl.load(of_others_ptr + rows, mask=mask_n, other=0.0)
+        weighted = tl.load(of_others_ptr + tl.cast(T, tl.int64) + rows, mask=mask_n, other=0.0) * LN_2
     start_v = (first_tile + pid_v) * BLOCK_V
     has_label = holds_label(label, start_v, BLOCK_V)
     for part in tl.static_range(len(parts)):
         z = parts[part]
-        value = tl.exp2((z - lse[:, None]) * LOG2_E)
+        distance = (z - lse[:, None]) * LOG2_E
+        value = tl.exp2(distance)
+        if of_others_ptr is not None:
+            # 2 ** -150 is 0 in float32, and 0 times -inf would be NaN.
+            value *= shift[:, None] + weighted[:, None] * tl.maximum(distance, -150.0)
         if has_label:
             # Read here, in the few tiles that need it, because there are no registers left to keep it in.
             rows = tl.load(row_index_ptr + offs_n, mask=mask_n, other=0)
             residual = tl.load(lse_ptr + tl.cast(T, tl.int64) + rows, mask=mask_n, other=0.0)
-            label_value = tl.exp(residual) * expm1(tl.load(per_token_logps_ptr + rows, mask=mask_n, other=0.0))
+            label_value = tl.exp(residual) * tl.load(at_label_ptr + rows, mask=mask_n, other=0.0)
             offs_v = start_v + part * (BLOCK_V // len(parts)) + tl.arange(0, BLOCK_V // len(parts))
             value = tl.where(offs_v[None, :] == label[:, None], label_value[:, None], value)
         if HAS_CAP:
@@ -121,26 +129,17 @@ def _softmax_minus_label_kernel(
         store_part(tile, value, pid_n * BLOCK_N, start_c, R, padded_width, stride_tile, USE_TMA)
 
 
-@jit
-def expm1(x):
-    """exp(x) - 1 for x <= 0: log(exp(x)) in the quotient undoes the rounding of exp(x) near x = 0."""
-    p = tl.exp(x)
-    near_zero = (p >= 0.5) & (p < 1.0)
-    quotient = x / tl.log(tl.where(near_zero, p, 0.5))
-    return tl.where(p == 1.0, x, (p - 1.0) * tl.where(near_zero, quotient, 1.0))
-
-
 def softmax_minus_label(
     hidden_states: Tensor,
     head: Head,
     rows: PackedRows,
-    per_token_logps: Tensor,
+    slopes: RowSlopes,
     lse: Tensor,
     start: int,
     out: Tensor,
     only: Tensor | None = None,
 ) -> Tensor:
-    """Packed rows (R, H), head (V, H), (T,), (2, T) -> out (R, width), TILE_SCALE * tile[:, start:start + width].
+    """Packed rows (R, H), head (V, H), slopes, lse (2, T) -> out (R, width), TILE_SCALE * tile[:, start:start + width].
 
     Rows of out are `row_stride` apart, and what lies between becomes 0.
     `only` (row blocks,) int32, where given, leaves the blocks of BLOCK_N rows alone that it has 0 for.
@@ -156,10 +155,11 @@ def softmax_minus_label(
             row_index_ptr=rows.row_index,
             labels_ptr=rows.labels,
             num_rows_ptr=rows.num_rows,
-            per_token_logps_ptr=per_token_logps,
+            at_label_ptr=slopes.at_label,
+            of_others_ptr=slopes.of_others,
             lse_ptr=lse,
             only_ptr=only,
-            T=per_token_logps.numel(),
+            T=slopes.at_label.numel(),
             tile_scale=TILE_SCALE.get(out.dtype, 1.0),
             GROUP_N=GROUP_N,
             **out_arguments(padded(out[:, first - start : last - start]), blocks),
@@ -172,7 +172,7 @@ def softmax_minus_label_torch(
     hidden_states: Tensor,
     head: Head,
     rows: PackedRows,
-    per_token_logps: Tensor,
+    slopes: RowSlopes,
     lse: Tensor,
     start: int,
     out: Tensor,
@@ -180,8 +180,12 @@ def softmax_minus_label_torch(
     """Twin: hidden_states are the packed rows (R, H) in the accumulation dtype."""
     slope = logits_tile_torch(hidden_states, head, start, start + out.shape[1], out)
     packed_lse, residual = lse.index_select(1, rows.row_index)
-    out.sub_(packed_lse.unsqueeze(1)).exp_()
+    out.sub_(packed_lse.unsqueeze(1))
+    if slopes.of_others is None:
+        out.exp_()
+    else:
+        exponentials_with_weighted_logs(out, *slopes.of_others.index_select(1, rows.row_index))
     labels = rows.labels - start
     held = ((labels >= 0) & (labels < out.shape[1])).nonzero().squeeze(1)
-    out[held, labels[held]] = residual[held].exp() * per_token_logps[rows.row_index[held]].expm1()
+    out[held, labels[held]] = residual[held].exp() * slopes.at_label[rows.row_index[held]]
     return out if slope is None else out.mul_(slope)

@@ -8,7 +8,8 @@ whole groups, and a chunk's tiles stay until its coefficients are known:
     dX     = c * (softmax - onehot) W             scaled by c afterwards
     dW    += (softmax - onehot)^T (c * X)         in float32 over several chunks; of a single one, written once
 
-Nothing is recomputed. The softmax is the tile times a factor per row, which goes where c goes.
+Nothing is recomputed. The softmax is the tile times a factor per row, which goes where c goes. An entropy bonus has the
+same coefficient for every token, known from the start; its part goes into the tile as soon as c is known.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from copg_kernels.kernels.contrast import Completions, Contrast
 from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.place_labels import SoftmaxSlice
+from copg_kernels.kernels.row_slopes import RowSlopes, slopes_of_both, slopes_of_logps
 from copg_kernels.kernels.row_statistics import Partials, Wanted
 from copg_kernels.schedules import compact_tiles, forward, frozen_head, recompute, sparse_softmax
 from copg_kernels.schedules.chunks import Batch, Chunk, batch_of, chunks_of
@@ -53,25 +55,34 @@ def copg(
     workspace_bytes: int,
     backend: str,
     entropy: bool = False,
+    entropy_coef: float = 0.0,
 ) -> tuple[Contrast, Gradients, int, Tensor]:
     """Contrast, gradients in `kept_dtype` (empty where not needed), the units of GEMM work they take, statistics (3,).
 
-    entropy only of an exact softmax.
+    entropy and entropy_coef only of an exact softmax. The bonus is in the gradients and in the loss.
 
     A group whose logits exceed the workspace takes the whole batch another way: with a frozen head the derivatives of
     the log-probs wait for their coefficients, with a trainable one the logits are computed again.
     """
     options: dict[str, Any] = dict(workspace_bytes=workspace_bytes, backend=backend)
     statistics = batch.hidden_states.new_zeros(3, dtype=accumulation_dtype(batch.hidden_states.dtype))
-    if not any(needs):
-        return forward.copg(*batch, **options, entropy=entropy), _empty_gradients(batch, needs), 1, statistics
-    if sparse_eps is not None:
+    if entropy_coef:
+        dentropy = slope_of_bonus(entropy_coef, batch)
+        contrast, gradients, units = _exact(batch, needs, **options, entropy=True, dentropy=dentropy)
+        bonus = dentropy * contrast.entropy.sum(dtype=torch.float64)
+        return contrast._replace(loss=(contrast.loss + bonus).to(contrast.loss.dtype)), gradients, units, statistics
+    if sparse_eps is not None and any(needs):
         found = _sparse(batch, needs, sparse_eps, **options)
         if found is not None:
             contrast, gradients, statistics = found
             return contrast, Gradients(*(g.to(kept_dtype(batch.hidden_states.dtype)) for g in gradients)), 1, statistics
         statistics[2] = 1
     return *_exact(batch, needs, **options, entropy=entropy), statistics
+
+
+def slope_of_bonus(entropy_coef: float, batch: Batch) -> Tensor:
+    """dloss / dentropy of each counted token, () float64: their mean, times -entropy_coef, is part of the loss."""
+    return -entropy_coef / (batch.labels != batch.ignore_index).sum().double().clamp(min=1)
 
 
 def _sparse(
@@ -86,21 +97,24 @@ def _sparse(
 
 
 def _exact(
-    batch: Batch, needs: Needs, *, workspace_bytes: int, backend: str, entropy: bool
+    batch: Batch, needs: Needs, *, workspace_bytes: int, backend: str, entropy: bool, dentropy: Tensor | None = None
 ) -> tuple[Contrast, Gradients, int]:
     options: dict[str, Any] = dict(workspace_bytes=workspace_bytes, backend=backend)
+    if not any(needs):
+        return forward.copg(*batch, **options, entropy=entropy), _empty_gradients(batch, needs), 1
     units = 1 + needs.hidden_states + needs.weight
     chunks = chunks_of(batch, needs, **options)
     if chunks is not None:
         contrast_fwd = tile_ops(backend).contrast_fwd
-        contrast, gradients, _ = in_chunks(batch, chunks, needs, contrast_fwd, backend, entropy=entropy)
+        bonus: dict[str, Any] = dict(entropy=entropy, dentropy=dentropy)
+        contrast, gradients, _ = in_chunks(batch, chunks, needs, contrast_fwd, backend, **bonus)
         return contrast, gradients, units
-    if not (needs.weight or needs.bias) and can_keep_tiles(batch.hidden_states.dtype, backend):
+    if dentropy is None and not (needs.weight or needs.bias) and can_keep_tiles(batch.hidden_states.dtype, backend):
         contrast, u = frozen_head.copg(*batch, **options, entropy=entropy)
         gradients = _empty_gradients(batch, needs)
         return contrast, gradients._replace(hidden_states=scaled_slopes(u, contrast, batch)), units
     contrast = forward.copg(*batch, **options, entropy=entropy)
-    return contrast, recomputed(batch, contrast, needs, **options), 1 + units
+    return contrast, recomputed(batch, contrast, needs, **options, dentropy=dentropy), 1 + units
 
 
 def in_chunks(
@@ -112,10 +126,12 @@ def in_chunks(
     sparse_eps: float | None = None,
     *,
     entropy: bool = False,
+    dentropy: Tensor | None = None,
 ) -> tuple[Contrast, Gradients, Tensor]:
     """Outputs of the contrast and gradients of its loss, in `kept_dtype`, a chunk at a time; statistics (3,).
 
-    With sparse_eps, which needs the kernels, from the tiles' compact form.
+    With sparse_eps, which needs the kernels, from the tiles' compact form. With dentropy, a number, the gradients have
+    the part of the tokens' entropy, to which the loss has that derivative.
     """
     hidden_states, head, ops = batch.hidden_states, batch.head, tile_ops(backend)
     gradients = _empty_gradients(batch, needs, one_chunk=len(chunks) == 1)
@@ -127,13 +143,13 @@ def in_chunks(
     for index, chunk in enumerate(chunks):
         part = batch_of(chunk, batch)
         packed, rows = counted_rows(part.hidden_states, part.labels, part.ignore_index, backend)
-        partials, tiles = ops.exp_tiles(packed, head, rows, workspace, wanted=Wanted(entropy))
+        options = dict(wanted=Wanted(entropy), keeps_slope=dentropy is None)
+        partials, tiles = ops.exp_tiles(packed, head, rows, workspace, **options)
         contrasts.append(contrast(partials, rows, part.completions))
-        coefficients, per_token_logps, lse, _ = contrasts[-1][4:]
-        slices = ops.place_labels(tiles, packed, head, rows, per_token_logps, lse)
-        counted = part.labels != part.ignore_index
+        upstream, slopes = _upstream(contrasts[-1], part, dentropy)
+        slices = ops.place_labels(tiles, packed, head, rows, slopes, contrasts[-1].lse)
         # Whatever an ignored token holds, NaN included, goes no further.
-        per_token = of_tokens(coefficients, part).where(counted, 0.0) * -head.slope
+        per_token = upstream.where(part.labels != part.ignore_index, 0.0) * -head.slope
         scale = per_token.index_select(0, rows.row_index)
         if sparse_eps is None:
             compact = None
@@ -151,6 +167,15 @@ def in_chunks(
     kept = kept_dtype(hidden_states.dtype)
     statistics = compact_tiles.statistics(shares, head.weight.shape[0]) if shares else scale.new_zeros(3)
     return _joined(contrasts), Gradients(*(gradient.to(kept) for gradient in gradients)), statistics
+
+
+def _upstream(contrast: Contrast, part: Batch, dentropy: Tensor | None) -> tuple[Tensor, RowSlopes]:
+    """(T,) what each token's slopes are multiplied by, and these."""
+    dlogps = of_tokens(contrast.coefficients, part)
+    if dentropy is None:
+        return dlogps, slopes_of_logps(contrast.per_token_logps)
+    dentropies = dentropy.expand_as(dlogps)
+    return slopes_of_both(dlogps, dentropies, contrast.per_token_logps, contrast.entropy, contrast.lse)
 
 
 class _Tile(NamedTuple):
@@ -203,7 +228,15 @@ def scaled_slopes(u: Tensor, contrast: Contrast, batch: Batch) -> Tensor:
     return (u * of_tokens(contrast.coefficients, batch).unsqueeze(1)).to(kept_dtype(u.dtype))
 
 
-def recomputed(batch: Batch, contrast: Contrast, needs: Needs, *, workspace_bytes: int, backend: str) -> Gradients:
+def recomputed(
+    batch: Batch,
+    contrast: Contrast,
+    needs: Needs,
+    *,
+    workspace_bytes: int,
+    backend: str,
+    dentropy: Tensor | None = None,
+) -> Gradients:
     """Gradients from logits that are computed again; of a contrast with the coefficients that count."""
     # float16 has no room for a gradient before the loss scale has met it.
     kept = kept_dtype(batch.hidden_states.dtype)
@@ -218,6 +251,8 @@ def recomputed(batch: Batch, contrast: Contrast, needs: Needs, *, workspace_byte
         ignore_index=batch.ignore_index,
         workspace_bytes=workspace_bytes,
         backend=backend,
+        dentropy=None if dentropy is None else dentropy.expand_as(contrast.per_token_logps),
+        entropy=contrast.entropy,
         dhidden_dtype=kept,
         dhead_dtype=kept,
     )

@@ -2,8 +2,9 @@
 
     u[t] = dlogp[t] / dhidden_states[t] = -slope * sum_v (softmax - onehot)[t, v] weight[v]
 
-A token's upstream gradient is then a factor of its row, so the backward pass has no GEMM left, whatever it is. Tokens
-go through in chunks whose logits fit the workspace; a group may lie in many.
+or the derivative of the entropy instead, for as much: see row_slopes. A token's upstream gradient is then a factor of
+its row, so the backward pass has no GEMM left, whatever it is. Tokens go through in chunks whose logits fit the
+workspace; a group may lie in many.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from copg_kernels.kernels.contrast import Completions, Contrast
 from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.pack_rows import PackedRows
+from copg_kernels.kernels.row_slopes import slopes_of_both, slopes_of_logps
 from copg_kernels.kernels.row_statistics import Partials, Wanted, joined_partials
 from copg_kernels.schedules.kept_tiles import write_hidden_product
 from copg_kernels.schedules.tile_ops import accumulation_dtype, counted_rows, kept_dtype, operand_dtype, tile_ops
@@ -43,14 +45,19 @@ def token_logps_and_slopes(
     workspace_bytes: int,
     backend: str,
     entropy: bool = False,
+    of_entropy: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(T, H), (T,) -> per_token_logps (T,), lse (2, T), u (T, H) in `kept_dtype`, entropy; 0 where ignored."""
+    """(T, H), (T,) -> per_token_logps (T,), lse (2, T), u (T, H) in `kept_dtype`, entropy; 0 where ignored.
+
+    u is the log-probability's derivative, or with of_entropy the entropy's.
+    """
     dtype, num_tokens = accumulation_dtype(hidden_states.dtype), labels.numel()
     per_token_logps = hidden_states.new_empty((num_tokens,), dtype=dtype)
     lse = hidden_states.new_empty((2, num_tokens), dtype=dtype)
     u = torch.empty(hidden_states.shape, dtype=kept_dtype(hidden_states.dtype), device=hidden_states.device)
     entropies = [lse.new_empty(0)]
-    for chunk in _chunks(hidden_states, head, labels, u, ignore_index, workspace_bytes, backend, entropy):
+    options = dict(entropy=entropy or of_entropy, of_entropy=of_entropy)
+    for chunk in _chunks(hidden_states, head, labels, u, ignore_index, workspace_bytes, backend, **options):
         per_token_logps[chunk.tokens], lse[:, chunk.tokens] = chunk.per_token_logps, chunk.lse
         entropies.append(chunk.entropy)
     return per_token_logps, lse, u, torch.cat(entropies)
@@ -70,7 +77,7 @@ def copg(
     """Contrast of groups that may lie in many chunks, and u (T, H), which the coefficients then scale."""
     u = torch.empty(hidden_states.shape, dtype=kept_dtype(hidden_states.dtype), device=hidden_states.device)
     partials, rows = [], []
-    for chunk in _chunks(hidden_states, head, labels, u, ignore_index, workspace_bytes, backend, entropy):
+    for chunk in _chunks(hidden_states, head, labels, u, ignore_index, workspace_bytes, backend, entropy=entropy):
         partials.append(chunk.partials)
         rows.append(chunk.rows)
     joined = joined_partials(partials)
@@ -85,7 +92,9 @@ def _chunks(
     ignore_index: int,
     workspace_bytes: int,
     backend: str,
+    *,
     entropy: bool,
+    of_entropy: bool = False,
 ) -> Iterator[_Chunk]:
     """Write u (T, H), and hand out what else is known of its tokens."""
     ops, dtype, V = tile_ops(backend), hidden_states.dtype, head.weight.shape[0]
@@ -95,12 +104,20 @@ def _chunks(
     for start in range(0, labels.numel(), max_tokens):
         tokens = slice(start, start + max_tokens)
         packed, rows = counted_rows(hidden_states[tokens], labels[tokens], ignore_index, backend)
-        partials, tiles = ops.exp_tiles(packed, head, rows, workspace, wanted=Wanted(entropy))
+        partials, tiles = ops.exp_tiles(
+            packed, head, rows, workspace, wanted=Wanted(entropy), keeps_slope=not of_entropy
+        )
         per_token_logps, lse = ops.merge_splits_fwd(partials, rows)
         token_entropy = ops.token_entropy_fwd(partials, rows, per_token_logps) if entropy else lse.new_empty(0)
-        slices = ops.place_labels(tiles, packed, head, rows, per_token_logps, lse)
-        counted = (labels[tokens] != ignore_index).to(lse.dtype)
-        write_hidden_product(slices, head, rows, counted * -head.slope, u[tokens], backend)
+        scale = (labels[tokens] != ignore_index).to(lse.dtype) * -head.slope
+        if of_entropy:
+            ones = torch.ones_like(per_token_logps)
+            units, slopes = slopes_of_both(None, ones, per_token_logps, token_entropy, lse)
+            scale *= units
+        else:
+            slopes = slopes_of_logps(per_token_logps)
+        slices = ops.place_labels(tiles, packed, head, rows, slopes, lse)
+        write_hidden_product(slices, head, rows, scale, u[tokens], backend)
         yield _Chunk(tokens, partials, rows, per_token_logps, lse, token_entropy)
 
 

@@ -1,7 +1,7 @@
 """Gradients for any upstream gradient per token, by recomputing the logits: three units of GEMM work.
 
 for each slice of the vocabulary, all tokens at once:
-    tile   = softmax - onehot of the slice          recomputed, in the workspace
+    tile   = softmax - onehot of the slice          recomputed, in the workspace; with the entropy's part, if any
     dX    += tile W[slice]                          float32, scaled by the tokens' coefficients at the end
     dW[slice] = tile^T (coefficient * X)            written once
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.matmul import addmm_fp32_, mm_fp32
+from copg_kernels.kernels.row_slopes import RowSlopes, slopes_of_both, slopes_of_logps
 from copg_kernels.kernels.softmax_minus_label import TILE_SCALE
 from copg_kernels.schedules.tile_ops import accumulation_dtype, counted_rows, operand_dtype, tile_ops
 from copg_kernels.schedules.workspace import kept_elements, slice_width, tile_in
@@ -37,7 +38,7 @@ class Gradients(NamedTuple):
 
 
 def token_logps_bwd(
-    dlogps: Tensor,
+    dlogps: Tensor | None,
     hidden_states: Tensor,
     head: Head,
     labels: Tensor,
@@ -48,11 +49,14 @@ def token_logps_bwd(
     ignore_index: int,
     workspace_bytes: int,
     backend: str,
+    dentropy: Tensor | None = None,
+    entropy: Tensor | None = None,
     dhidden_dtype: torch.dtype | None = None,
     dhead_dtype: torch.dtype | None = None,
 ) -> Gradients:
     """(T,) upstream gradient, (T,) log-probs, (2, T) lse -> gradients of hidden states, weight and bias.
 
+    dentropy, where the (T,) entropy has an upstream gradient too; dlogps may then be None.
     They are rounded once, to dhidden_dtype and dhead_dtype: the operands' unless said otherwise.
     """
     ops, dtype = tile_ops(backend), hidden_states.dtype
@@ -68,8 +72,10 @@ def token_logps_bwd(
         hidden_states.new_empty(head.weight.shape[:1] if needs.bias else (0,), dtype=dhead_dtype),
     )
 
+    upstream, slopes = _upstream(dlogps, dentropy, per_token_logps, entropy, lse)
     # The tile's rows carry the factor exp(residual of lse): see softmax_minus_label.
-    coefficient = dlogps.to(accumulation) * -head.slope * (-lse[1]).exp()
+    coefficient = upstream.to(accumulation) * -head.slope * (-lse[1]).exp()
+    # Whatever reaches an ignored token, NaN included, goes no further.
     coefficient, unit = _in_units(coefficient.where(labels != ignore_index, 0.0), operand)
     packed_coefficient = coefficient.index_select(0, rows.row_index)
     dhidden = hidden_states.new_zeros((R if needs.hidden_states else 0, H), dtype=accumulation)
@@ -81,7 +87,7 @@ def token_logps_bwd(
     for start in range(0, V, width):
         stop = min(start + width, V)
         tile = tile_in(workspace, R, stop - start, backend)
-        ops.softmax_minus_label(packed, head, rows, per_token_logps, lse, start, tile)
+        ops.softmax_minus_label(packed, head, rows, slopes, lse, start, tile)
         if needs.hidden_states:
             addmm_fp32_(dhidden, tile, head.weight[start:stop].to(operand))
         if needs.weight:
@@ -93,6 +99,17 @@ def token_logps_bwd(
         dhidden = ops.scale_rows(dhidden, rows.position, coefficient * unit, dhidden_dtype)
         gradients = gradients._replace(hidden_states=dhidden)
     return gradients
+
+
+def _upstream(
+    dlogps: Tensor | None, dentropy: Tensor | None, per_token_logps: Tensor, entropy: Tensor | None, lse: Tensor
+) -> tuple[Tensor, RowSlopes]:
+    """(T,) each -> what each token's slopes are multiplied by, and these."""
+    if dentropy is None:
+        assert dlogps is not None
+        return dlogps, slopes_of_logps(per_token_logps)
+    assert entropy is not None
+    return slopes_of_both(dlogps, dentropy, per_token_logps, entropy, lse)
 
 
 def _zeros(

@@ -22,6 +22,7 @@ from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.merge_splits import merge_splits_fwd
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.place_labels import place_labels
+from copg_kernels.kernels.row_slopes import slopes_of_logps
 from copg_kernels.kernels.row_statistics import Partials, joined_partials
 from copg_kernels.kernels.scale_rows import scale_packed, scale_rows
 from copg_kernels.kernels.softmax_minus_label import softmax_minus_label
@@ -64,7 +65,7 @@ def compact_rows(
         hidden, rows = counted_rows(hidden_states[tokens], labels[tokens], ignore_index, "triton")
         statistics_, tiles = exp_tiles(hidden, head, rows, workspace)
         logps, lse = merge_splits_fwd(statistics_, rows)
-        (part,) = place_labels(tiles, hidden, head, rows, logps, lse)
+        (part,) = place_labels(tiles, hidden, head, rows, slopes_of_logps(logps), lse)
         compact = compacted(part, rows, sparse_eps, needs, in_tile=False)
         partials.append(statistics_)
         chunks.append(CompactChunk(tokens, rows, compact, mean_row(compact.by_rows.dropped_list, head.weight)))
@@ -153,6 +154,7 @@ def _exact_tiles(part: _Products, overflow: Tensor) -> Iterator[tuple[int, int, 
     blocks = head_blocks(head.weight)
     R, (V, H) = rows.row_index.numel(), head.weight.shape
     per_token_logps, lse = part.statistics
+    slopes = slopes_of_logps(per_token_logps)
     only = overflow.expand(-(-R // blocks.BLOCK_N)).contiguous()
     factor = (-lse[1]).exp().index_select(0, rows.row_index)
     device, dtype = hidden_states.device, hidden_states.dtype
@@ -160,7 +162,7 @@ def _exact_tiles(part: _Products, overflow: Tensor) -> Iterator[tuple[int, int, 
     workspace = hidden_states.new_empty((kept_elements(R, width, "triton"),))
     for start in range(0, V, width):
         tile = tile_in(workspace, R, min(start + width, V) - start, "triton")
-        softmax_minus_label(hidden_states, head, rows, per_token_logps, lse, start, tile, only=only)
+        softmax_minus_label(hidden_states, head, rows, slopes, lse, start, tile, only=only)
         yield start, start + tile.shape[1], tile, factor
 
 
