@@ -39,6 +39,27 @@ def linear_logps_ref(
     return logps.where(counted, torch.zeros_like(logps))
 
 
+def linear_entropy_ref(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Entropy of the same softmax, of each row: -sum_v p_v log p_v, with 0 log 0 = 0.
+
+    Args: as `linear_logps_ref`. Returns: (...,) in nats; 0 where labels == ignore_index.
+    """
+    logits = _capped_logits(hidden_states, lm_head_weight, bias, logit_scale, softcap) / temperature
+    logps = logits.log_softmax(-1)
+    entropy = -(logps.exp() * logps.masked_fill(logps.isneginf(), 0.0)).sum(-1)
+    return entropy.where(labels != ignore_index, torch.zeros_like(entropy))
+
+
 def linear_logps_bwd_ref(
     dlogps: Tensor,
     hidden_states: Tensor,

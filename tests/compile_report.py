@@ -40,7 +40,9 @@ MATRIX_INSTRUCTION = {
     "gfx942": "v_mfma",
 }
 # The operators that between them launch the kernels of a head's logits in every form.
-HEADS = ["entropy", "average"]
+HEADS = ["logps", "entropy", "average"]
+# With a cap and nothing else: the largest tile has no register to spare.
+CAPPED = ["logps", "entropy", "copg", "bonus"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -72,8 +74,8 @@ def calls_for(target: str, everything: bool) -> list[Call]:
         chosen += calls.calls([EVEN], [torch.float32], [FULL])
     if target == "sm_90":
         chosen += calls.calls([EVEN], [torch.bfloat16], [PLAIN])
-        # A cap alone, and a vocabulary that fills no tile: the largest tile has no register to spare.
-        chosen += calls.calls([EVEN, MULTIPLE], [torch.bfloat16], [dict(softcap=6.0)], ["logps", "copg"])
+        # In a vocabulary that fills no tile, too.
+        chosen += calls.calls([EVEN, MULTIPLE], [torch.bfloat16], [dict(softcap=6.0)], CAPPED)
         chosen += calls.calls([EVEN], [torch.float16], [FULL], ["logps", "entropy"])
         chosen += calls.calls([PRIME], [torch.bfloat16], [FULL])
     return chosen

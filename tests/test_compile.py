@@ -17,7 +17,7 @@ SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 10
 HEAD_KERNELS = {"linear_logps_fwd", "exp_tile", "softmax_minus_label"}
 PRODUCTS = {"gather_product", "dense_product"}
 OTHERS = {"scale_gradient", "scale_rows", "fold_tiles", "merge_splits", "token_entropy", "place_labels", "contrast"}
-OTHERS |= {"count_significant", "fill"}
+OTHERS |= {"add_entropy", "count_significant", "fill"}
 
 
 def run_without_interpreter(*arguments: str) -> str:
@@ -52,11 +52,23 @@ def test_every_kernel_was_compiled_for_every_target(report):
     assert {row["element"] for row in rows if row["kernel"] in HEAD_KERNELS} == {"fp32", "bf16", "fp16"}
     # Both ways to read operands, both directions of a compact tile, with and without a choice of row blocks.
     known = " ".join(named(row) for row in rows if row["target"] == "sm_90")
-    arguments = ("USE_TMA", "EVEN_V", "EVEN_H", "ROWS_IN_BLOCKS", "IN_TILE", "HAS_CAP", "HAS_SCALE", "ADD", "AVERAGE")
+    arguments = (
+        "USE_TMA",
+        "EVEN_V",
+        "EVEN_H",
+        "ROWS_IN_BLOCKS",
+        "IN_TILE",
+        "HAS_CAP",
+        "HAS_SCALE",
+        "KEEPS_SLOPE",
+        "ADD",
+        "AVERAGE",
+    )
     for argument in arguments:
         assert f"{argument}=True" in known and f"{argument}=False" in known
     softmax = [row["arguments"] for row in rows if row["kernel"] == "softmax_minus_label"]
     assert {"only_ptr=None" in arguments for arguments in softmax} == {True, False}
+    assert {"of_others_ptr=None" in arguments for arguments in softmax} == {True, False}
 
 
 def test_no_spills(report):

@@ -16,6 +16,7 @@ from copg_kernels import (
 )
 from copg_kernels.kernels.contrast import Completions
 from copg_kernels.kernels.head import Head
+from copg_kernels.reference import linear_entropy_ref
 from copg_kernels.schedules import closed_groups, forward, frozen_head, recompute
 from copg_kernels.schedules.chunks import Batch
 from tests.conftest import DEVICE
@@ -36,12 +37,11 @@ def operands(backend: str, dtype=torch.float32, scale: float = 3.0) -> dict:
     )
 
 
-def entropy_of(hidden_states, lm_head_weight, labels, bias=None, logit_scale=1.0, softcap=None, temperature=1.0):
-    """-sum p log p in float64, from all logits."""
-    logits = hidden_states.double() @ lm_head_weight.double().T
-    logits = logit_scale * (logits if bias is None else logits + bias.double())
-    logits = (logits if softcap is None else softcap * torch.tanh(logits / softcap)) / temperature
-    return torch.special.entr(logits.softmax(-1)).sum(-1) * (labels != -100)
+def entropy_of(hidden_states, lm_head_weight, labels, bias=None, **options):
+    """In float64, from all logits."""
+    wide = (None if x is None else x.detach().double() for x in (hidden_states, lm_head_weight, bias))
+    hidden_states, lm_head_weight, bias = wide
+    return linear_entropy_ref(hidden_states, lm_head_weight, labels, bias=bias, **options)
 
 
 @pytest.mark.parametrize("frozen_head", [False, True], ids=["streaming", "frozen head"])
@@ -56,7 +56,7 @@ def test_entropy(dtype, head, frozen_head, backend):
     assert torch.equal(logps, linear_logps(**inputs, **head, backend=backend)) and entropy.requires_grad == frozen_head
     expected = entropy_of(**inputs, **head).float()
     assert expected.max() > 2 and (entropy[::5] == 0).all()
-    torch.testing.assert_close(entropy, expected.detach(), rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(entropy, expected, rtol=2e-5, atol=2e-6)
 
 
 def test_gradients_are_those_of_the_log_probs(backend):
@@ -81,7 +81,7 @@ def test_confident_rows_keep_their_digits(frozen_head, backend):
     inputs["hidden_states"].requires_grad_(frozen_head)
     inputs["labels"] = torch.where(torch.arange(T, device=DEVICE) % 2 == 0, sure, 7)
     _, entropy = linear_logps_and_entropy(**inputs, backend=backend)
-    expected = entropy_of(**inputs).float().detach()
+    expected = entropy_of(**inputs).float()
     assert (expected[::2] < 1e-6).any()
     torch.testing.assert_close(entropy[::2], expected[::2], rtol=1e-4, atol=1e-12)
     torch.testing.assert_close(entropy, expected, rtol=1e-4, atol=2e-7)
@@ -200,7 +200,7 @@ def test_entropy_of_a_fused_loss(loss, trains, schedule, units, backend):
     assert output.gemm_units == units and plain.entropy is None and not output.entropy.requires_grad
     assert output.sparsity is None and plain.sparsity is None
     operands = (inputs["hidden_states"], inputs["lm_head_weight"], inputs["labels"])
-    expected = entropy_of(*operands, **head).float().detach()
+    expected = entropy_of(*operands, **head).float()
     assert output.entropy.shape == (N, L) and expected.max() > 2
     torch.testing.assert_close(output.entropy, expected, rtol=2e-5, atol=2e-6)
     pairs = zip(everything(output, inputs), everything(plain, inputs), strict=True)
@@ -212,7 +212,7 @@ def test_entropy_of_packed_float16_completions(backend):
     inputs["hidden_states"] = inputs["hidden_states"].detach().view(N * L, H).requires_grad_()
     inputs["labels"] = inputs["labels"].view(-1)
     packed = dict(cu_seqlens=torch.tensor([0, 4, 6, 13, 17, 24, 30, 31, 40], dtype=torch.int32, device=DEVICE))
-    expected = entropy_of(inputs["hidden_states"], inputs["lm_head_weight"], inputs["labels"]).float().detach()
+    expected = entropy_of(inputs["hidden_states"], inputs["lm_head_weight"], inputs["labels"]).float()
     for loss in FUSED.values():
         output = loss(**inputs, **packed, beta=0.3, group_size=2, backend=backend, return_entropy=True)
         torch.testing.assert_close(output.entropy, expected, rtol=2e-5, atol=2e-6)
