@@ -142,6 +142,7 @@ class CoPGTrainer(RLOOTrainer):
             entropy: Tensor | None
             if self.mask_truncated_completions:
                 # A truncated completion has no token left, which the fused loss refuses; as in RLOO its reward counts.
+                options |= dict(expected_gradients="logps")
                 per_token_logps, entropy = linear_logps_and_entropy(hidden_states, weight, labels, **options)
                 loss = copg_loss(sequence_logps(per_token_logps, labels), old_logps, rewards, **contrast)
             else:
@@ -149,7 +150,7 @@ class CoPGTrainer(RLOOTrainer):
                 output = linear_copg_loss(hidden_states, weight, labels, old_logps, rewards, **options)
                 loss, entropy = output.loss, output.entropy
             assert entropy is not None
-            return loss, torch.stack([entropy.sum(), (labels != -100).sum()])
+            return loss, torch.stack([entropy.detach().sum(), (labels != -100).sum()])
 
         num_labels = inputs["completion_ids"].size(1)
         loss, entropy = self._in_forward(model, loss_of, input_ids, attention_mask, num_labels)
