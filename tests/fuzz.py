@@ -231,33 +231,43 @@ class Truth:
         parts = tokens.view(labels.shape).unbind(0) if cu_seqlens is None else tokens.split(cu_seqlens.diff().tolist())
         return [part[self.counted[part]] for part in parts]
 
-    def gradients(self, dlogps: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def gradients(self, dlogps: Tensor, dentropy: Tensor | None) -> dict[str, tuple[Tensor, Tensor]]:
         """(T,) slopes of the tokens -> each operand's gradient, and the sum of the magnitudes it is made of."""
         dlogps = dlogps.double().where(self.counted, 0.0).unsqueeze(1)
         slopes = torch.where(self.is_label, -torch.expm1(self.label_logps).unsqueeze(1), -self.log_softmax.exp())
-        dz = dlogps * slopes * self.cap_slope * self.slope
+        dlogits, size = dlogps * slopes, (dlogps * slopes).abs()
+        if dentropy is not None:
+            h, entropy, p = dentropy.double().where(self.counted, 0.0), self.entropy(), self.log_softmax.exp()
+            logs = self.log_softmax.clamp_min(-1e4)
+            dlogits = dlogits - h.unsqueeze(1) * p * (logs + entropy.unsqueeze(1))
+            size = size + h.abs().unsqueeze(1) * p * (1 + logs.abs() + entropy.unsqueeze(1))
+        dz = dlogits * self.cap_slope * self.slope
         # 1 - tanh^2 is off by the rounding of 1, also where it is far less than that.
-        size = dz.abs() + (dlogps * slopes * self.slope * (1 - self.cap_slope)).abs() * self.epsilon / self.spacing
+        lost = (1 - self.cap_slope) * self.epsilon / self.spacing
+        size = size * abs(self.slope) * (self.cap_slope + lost)
         return dict(
             hidden_states=(dz @ self.w, size @ self.w.abs()),
             lm_head_weight=(dz.T @ self.x, size.T @ self.x.abs()),
             bias=(dz.sum(0), size.sum(0)),
         )
 
-    def assert_gradient(self, name: str, actual: Tensor, dlogps: Tensor, slope_error: float) -> None:
+    def assert_gradient(
+        self, name: str, actual: Tensor, dlogps: Tensor, dentropy: Tensor | None, slope_error: float
+    ) -> None:
         """Within what rounding costs, of logits, 16-bit operands and the result; the slopes may be off as well."""
         operand = self.case.operands[name]
         assert actual is not None and actual.shape == operand.shape and actual.dtype == operand.dtype, name
-        gold, magnitude = self.gradients(dlogps)[name]
+        gold, magnitude = self.gradients(dlogps, dentropy)[name]
         info = torch.finfo(operand.dtype)
         terms = len(self.w) if name == "hidden_states" else len(self.x)
         rounding = ROUNDING_FACTOR * ((info.eps if operand.dtype.itemsize == 2 else 0.0) + self.epsilon * terms**0.5)
         bound = (FLOAT32_FACTOR * self.spacing + rounding) * magnitude.norm().item()
-        bound += slope_error * self.gradients(torch.ones_like(dlogps))[name][1].norm().item()
+        bound += slope_error * self.gradients(torch.ones_like(dlogps), None)[name][1].norm().item()
         # Below the smallest number of 16 bits, in the result and in the operands of its product.
         bound += info.smallest_normal * gold.numel() ** 0.5
         if operand.dtype == torch.float16:
-            bound += 2.0**-24 * dlogps.abs().max().item() * abs(self.slope) * self.scale_of(name)
+            largest = dlogps.abs() if dentropy is None else dlogps.abs() + 4 * dentropy.abs()
+            bound += 2.0**-24 * largest.max().item() * abs(self.slope) * self.scale_of(name)
         fits = gold.abs() + bound < info.max / 2
         assert actual.reshape(gold.shape)[fits].isfinite().all(), f"gradient of {name} is not finite"
         error = (actual.detach().double().reshape(gold.shape) - gold)[fits].norm().item()

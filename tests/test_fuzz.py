@@ -69,7 +69,13 @@ def leaves_of(case: Case) -> dict[str, Tensor]:
 
 
 def assert_gradients(
-    case: Case, truth: Truth, value: Tensor, leaves: dict[str, Tensor], dlogps: Tensor, slope_error: float = 0.0
+    case: Case,
+    truth: Truth,
+    value: Tensor,
+    leaves: dict[str, Tensor],
+    dlogps: Tensor,
+    dentropy: Tensor | None = None,
+    slope_error: float = 0.0,
 ) -> None:
     """Twice through one graph, with the first gradients overwritten in between: as clipping and zero_grad do it."""
     inputs = [leaves[name] for name in case.trains]
@@ -83,8 +89,9 @@ def assert_gradients(
         gradient.zero_()
     if case.backend == "torch" or case.number % 4 == 0:  # it takes an interpreted kernel as long as the first
         second = torch.autograd.grad(value, inputs, upstream)
+    scaled = None if dentropy is None else dentropy * case.upstream
     for name, once, again in zip(case.trains, kept, second, strict=True):
-        truth.assert_gradient(name, once, dlogps * case.upstream, slope_error * abs(case.upstream))
+        truth.assert_gradient(name, once, dlogps * case.upstream, scaled, slope_error * abs(case.upstream))
         assert torch.equal(once, again), f"gradient of {name} differs in the second backward pass"
         if name == "hidden_states":
             ignored = ~truth.counted.view(once.shape[:-1])
@@ -94,11 +101,12 @@ def assert_gradients(
 def check_logps(case: Case) -> None:
     truth, leaves, options = Truth(case), leaves_of(case), dict(case.options)
     rng = random.Random(case.number)
+    entropy = dentropy = None
     if options["sparse_eps"] is None and rng.random() < 0.4:
+        options["expected_gradients"] = random.Random(f"expected {case.number}").choice(["logps", "entropy", "both"])
         del options["sparse_eps"]
         per_token_logps, entropy = linear_logps_and_entropy(**leaves, **options)
-        assert not entropy.requires_grad
-        assert_near("entropy", entropy.flatten(), truth.entropy(), 4 * FLOAT32_FACTOR * truth.spacing)
+        assert_near("entropy", entropy.detach().flatten(), truth.entropy(), 4 * FLOAT32_FACTOR * truth.spacing)
     else:
         per_token_logps = linear_logps(**leaves, **options)
     is_double = leaves["hidden_states"].dtype == torch.float64
@@ -110,7 +118,11 @@ def check_logps(case: Case) -> None:
         dlogps = dlogps.clone(memory_format=torch.contiguous_format)
         dlogps.view(-1)[~truth.counted] = float("nan")
     value = (per_token_logps * dlogps).sum() if rng.random() < 0.5 else _Upstream.apply(per_token_logps, dlogps)
-    assert_gradients(case, truth, value, leaves, slopes)
+    if entropy is not None and rng.random() < 0.7:
+        _, weights = relayout(rng, torch.randn(entropy.shape).to(entropy), expandable=True)
+        dentropy = weights.reshape(-1)
+        value = value + _Upstream.apply(entropy, weights)
+    assert_gradients(case, truth, value, leaves, slopes, dentropy)
 
 
 class _Upstream(torch.autograd.Function):
@@ -163,21 +175,34 @@ def slopes_of(loss, output, case: Case) -> tuple[Tensor, Tensor]:
 
 def fused_options(case: Case, rng: random.Random) -> dict:
     wants_entropy = case.options["sparse_eps"] is None and rng.random() < 0.3
-    return case.options | case.completions | dict(return_entropy=wants_entropy)
+    coefs = [0.0] if case.options["sparse_eps"] else [0.0, 0.0, 0.02, -0.02, 1.0]
+    coef = random.Random(f"coef {case.number}").choice(coefs)
+    return case.options | case.completions | dict(return_entropy=wants_entropy, entropy_coef=coef)
+
+
+def bonus(truth: Truth, output, coef: float) -> tuple[Tensor, Tensor | None, float]:
+    """What is subtracted from the loss, the slope of each token's entropy, and what the first may be off by."""
+    if not coef:
+        return truth.x.new_zeros(()), None, 0.0
+    num_counted, allowed = truth.counted.sum().double(), 4 * FLOAT32_FACTOR * truth.spacing
+    assert_near("mean entropy", output.mean_entropy, truth.entropy().sum() / num_counted, allowed)
+    return coef * output.mean_entropy.double(), torch.full_like(truth.x[:, 0], -coef / num_counted), abs(coef) * allowed
 
 
 def check_copg(case: Case) -> None:
     truth, leaves = Truth(case), leaves_of(case)
-    output = linear_copg_loss(**leaves, **fused_options(case, random.Random(case.number)))
+    options = fused_options(case, random.Random(case.number))
+    output = linear_copg_loss(**leaves, **options)
     assert_logps(case, truth, output)
     value, dlogps = slopes_of(copg_loss, output, case)
     # A contrast is a difference of float64 numbers.
     beta, rewards = case.completions["beta"], case.completions["rewards"].double()
     lost = 1e-15 * (rewards.abs().max() + beta * output.log_ratios.double().abs().max()).item()
     allowed = 4 * truth.epsilon * value + 4 * lost * (lost + (beta * value) ** 0.5) / beta
-    assert_near("loss", output.loss, value, allowed)
+    subtracted, dentropy, off = bonus(truth, output, options["entropy_coef"])
+    assert_near("loss", output.loss, value - subtracted, allowed + off)
     slopes = token_slopes(case, truth, dlogps)
-    assert_gradients(case, truth, output.loss, leaves, slopes, slope_error=lost)
+    assert_gradients(case, truth, output.loss, leaves, slopes, dentropy, slope_error=lost)
 
 
 def check_sequence_loss(case: Case) -> None:
@@ -194,17 +219,19 @@ def check_sequence_loss(case: Case) -> None:
         return loss(logps, *others, **options) * scale.to(logps.dtype)
 
     with_scale.separable = getattr(loss, "separable", False)
-    output = linear_sequence_loss(**leaves, **fused_options(case, rng), loss=with_scale)
+    options = fused_options(case, rng)
+    output = linear_sequence_loss(**leaves, **options, loss=with_scale)
     assert with_scale.separable or len(calls) == 1, f"{name} was called {len(calls)} times"
     assert torch.equal(calls[-1], output.logps)
     assert_logps(case, truth, output)
     value, dlogps = slopes_of(loss, output, case)
     allowed = 8 * truth.epsilon * value.abs() + torch.finfo(output.loss.dtype).smallest_normal
-    assert_near(name, output.loss, 1.5 * value, allowed)
+    subtracted, dentropy, off = bonus(truth, output, options["entropy_coef"])
+    assert_near(name, output.loss, 1.5 * value - subtracted, allowed + off)
     (dscale,) = torch.autograd.grad(output.loss, scale, retain_graph=True)
     assert_near(f"{name}'s own gradient", dscale, value, allowed)
     if case.trains:
-        assert_gradients(case, truth, output.loss, leaves, 1.5 * token_slopes(case, truth, dlogps))
+        assert_gradients(case, truth, output.loss, leaves, 1.5 * token_slopes(case, truth, dlogps), dentropy)
 
 
 BY_HAND = {
