@@ -14,8 +14,9 @@ from copg_kernels.copg import CoPGOutput, mean_of_counted, sequence_logps
 from copg_kernels.kernels.contrast import Completions, Contrast, segment_sum
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.row_statistics import Partials
+from copg_kernels.known_gradients import with_gradients
 from copg_kernels.linear_logps import linear_logps, linear_logps_and_entropy
-from copg_kernels.ops import gemm_units, on_device, plain_head, refuse_second_derivative, row_major, scaled_once
+from copg_kernels.ops import gemm_units, on_device, plain_head, row_major
 from copg_kernels.schedules import closed_groups, recompute
 from copg_kernels.schedules.chunks import Batch, Chunk, capturing, chunks_of
 from copg_kernels.schedules.tile_ops import accumulation_dtype, can_keep_tiles, tile_ops
@@ -208,13 +209,11 @@ def _in_closed_groups(
         contrasted, gradients, _ = closed_groups.in_chunks(batch, chunks, needs, contrast, backend, **entropy)
         if len(chunks) > 1 and not slopes.agree_with(contrasted.coefficients):
             return None
-    trained = [(x, gradient) for x, gradient, need in zip(inputs, gradients, needs, strict=True) if need]
-    gradients_of = [gradient for _, gradient in trained]
     value, mean_entropy = slopes.value, None
     if contrasted.entropy.numel():
         mean_entropy = mean_of_counted(contrasted.entropy, batch.labels, batch.ignore_index)
         value = value - wanted.coef * mean_entropy if wanted.coef else value
-    value = _KnownGradients.apply(value, backend, gradients_of, *(x for x, _ in trained))
+    value = with_gradients(value, inputs, gradients, needs, backend)
     numbers = (completions.ref_logps, completions.rewards, completions.beta)
     output = _output(value, logps, *numbers, 1 + needs.hidden_states + needs.weight)
     token_entropy = contrasted.entropy.view(wanted.shape) if wanted.is_returned else None
@@ -265,23 +264,6 @@ def _contrast(
         return contrasted._replace(coefficients=slopes.per_token()[mine])
 
     return contrast
-
-
-class _KnownGradients(torch.autograd.Function):
-    """value, with gradients that are there already, and those of what else it was computed from."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, backend: str, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*gradients)
-        ctx.backend = backend
-        ctx.like = [(x.shape, x.dtype) for x in inputs]
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, dvalue: Tensor) -> tuple:
-        refuse_second_derivative()
-        pairs = zip(scaled_once(ctx.saved_tensors, dvalue, ctx.backend), ctx.like, strict=True)
-        return dvalue, None, None, *(gradient.to(dtype).view(shape) for gradient, (shape, dtype) in pairs)
 
 
 def _output(

@@ -226,7 +226,10 @@ def test_only_one_gradient(ranks):
         for gradient, (_, gradients) in zip(
             ranks.run(frozen_parts, inputs, [30, 35], trained, size=2), everything, strict=True
         ):
-            assert torch.equal(gradient, gradients[trained])
+            if trained == "hidden_states":  # of a frozen head, another schedule
+                torch.testing.assert_close(gradient, gradients[trained])
+            else:
+                assert torch.equal(gradient, gradients[trained])
 
 
 def bytes_sent(group, inputs, sizes, options):

@@ -42,6 +42,7 @@ from copg_kernels.kernels.row_statistics import (
     Wanted,
     exponentials,
     holds_label,
+    partials_of_no_entries,
     take_out_label,
     tile_maximum,
     weighted_terms,
@@ -167,9 +168,14 @@ def exp_tiles(
 ) -> tuple[Partials, ScaledTile]:
     """Packed rows (R, H), head (V, H) -> row statistics, and exponentials in the workspace (its elements, flat).
 
-    keeps_slope: with the cap's derivative, unless `add_entropy` is to put it in.
+    keeps_slope: with the cap's derivative, unless `add_entropy` is to put it in. V may be 0, as a
+    rank's shard of the vocabulary may.
     """
     R, V = rows.row_index.numel(), head.weight.shape[0]
+    if V == 0:
+        label_logits = hidden_states.new_empty((R,), dtype=torch.float32)
+        nothing = ScaledTile(workspace[:0].view(R, 0), torch.zeros_like(label_logits), label_logits)
+        return partials_of_no_entries(label_logits, torch.float32, wanted), nothing
     way = way_of(head.weight, "loss")
     blocks = blocks_of(head.weight, way)
     stride_tile = row_stride(V)
@@ -236,7 +242,7 @@ def exp_tiles_torch(
     R, V = hidden_states.shape[0], head.weight.shape[0]
     tiles = []
     label_logits = hidden_states.new_empty((R,))
-    for start, stop in pairwise([*range(0, V, SPLIT_TORCH), V]):
+    for start, stop in pairwise([0, *range(SPLIT_TORCH, V, SPLIT_TORCH), V]):  # an empty one where V = 0
         out = workspace[R * start : R * stop].view(R, stop - start)
         tiles.append(
             exp_tile_torch(hidden_states, head, rows.labels, start, stop, out, wanted=wanted, keeps_slope=keeps_slope)
@@ -295,7 +301,7 @@ def _weighted(tile: Tensor) -> Tensor:
 
 def _exponentials(tile: Tensor) -> tuple[Tensor, Tensor]:
     """In place, exp(z - largest z); any column may be -inf, by a bias that masks entries."""
-    base = tile.amax(1).clamp_min_(-1e38)
+    base = tile.amax(1).clamp_min_(-1e38) if tile.shape[1] else tile.new_full(tile.shape[:1], -1e38)
     return base.double(), tile.sub_(base.unsqueeze(1)).exp_().sum(1).double()
 
 

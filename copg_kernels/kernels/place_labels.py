@@ -74,9 +74,10 @@ def _place_labels_kernel(
     at_label = tl.load(at_label_ptr + rows, mask=mask_n, other=0.0) * tl.exp(distance)
     if HAS_CAP:
         at_label *= cap_slope(tl.load(label_logits_ptr + offs_n, mask=mask_n, other=0.0), inv_softcap, inv_temperature)
-    label = tl.load(labels_ptr + offs_n, mask=mask_n, other=0)
+    label = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1)
     ptrs = tile_ptr + offs_n.to(tl.int64) * stride_tile + label
-    tl.store(ptrs, at_label.to(tile_ptr.dtype.element_ty), mask=mask_n)
+    # Another rank's shard of the vocabulary holds a label below 0.
+    tl.store(ptrs, at_label.to(tile_ptr.dtype.element_ty), mask=mask_n & (label >= 0))
 
 
 def place_labels(
@@ -84,8 +85,8 @@ def place_labels(
 ) -> list[SoftmaxSlice]:
     """Kept exponentials of packed rows, slopes, lse (2, T) -> the one slice that is the whole vocabulary."""
     R, V = kept.tile.shape
-    factor = torch.empty_like(kept.reference)
-    if R:
+    factor = torch.empty_like(kept.reference) if V else torch.ones_like(kept.reference)
+    if R and V:
         blocks = head_blocks(head.weight)
         num_blocks = triton.cdiv(R, blocks.BLOCK_N)
         redo = rows.num_rows.new_empty((num_blocks,), dtype=torch.int32)

@@ -42,6 +42,13 @@ class Partials(NamedTuple):
     weighted: Tensor | None = None  # (S, R), for the entropy
 
 
+def partials_of_no_entries(label_logits: Tensor, dtype: torch.dtype, wanted: Wanted) -> Partials:
+    """Of a vocabulary's shard without entries; label_logits (R,) may hold anything, as no label is there."""
+    largest = label_logits.new_full((1, label_logits.numel()), -1e38, dtype=dtype)  # LOWEST
+    nothing = torch.zeros_like(largest)
+    return Partials(largest, nothing, label_logits, nothing if wanted.entropy else None)
+
+
 def joined_partials(parts: list[Partials]) -> Partials:
     """Of consecutive rows."""
     maxima, sums, label_logits, weighted = zip(*parts, strict=True)

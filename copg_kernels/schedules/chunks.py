@@ -64,8 +64,12 @@ def _first_groups(edges: list[int], max_tokens: int) -> list[int]:
     return firsts
 
 
-def chunks_of(batch: Batch, needs: Needs, *, workspace_bytes: int, backend: str) -> list[Chunk] | None:
+def chunks_of(
+    batch: Batch, needs: Needs, *, workspace_bytes: int, backend: str, vocab_size: int | None = None
+) -> list[Chunk] | None:
     """The plan for this batch; None where no tile can be kept.
+
+    vocab_size is that of the head, unless ranks hold shards of it and plan by the largest.
 
     On a GPU it reads the boundaries, and so waits for the device, only if they are not all equal and the batch does not
     fit as a whole: as it also does where its tile takes no more than the workspace and the float32 dW that chunks of
@@ -75,8 +79,9 @@ def chunks_of(batch: Batch, needs: Needs, *, workspace_bytes: int, backend: str)
     if not can_keep_tiles(dtype, backend):
         return None
     num_tokens, num_completions = batch.labels.numel(), completions.rewards.numel()
-    bytes_per_token = kept_bytes_per_token(weight.shape[0], dtype, weight.device, backend)
-    spared = weight.numel() * 4 if needs.weight and kept_dtype(dtype).itemsize < 4 and backend == "triton" else 0
+    V, H = weight.shape if vocab_size is None else (vocab_size, weight.shape[1])
+    bytes_per_token = kept_bytes_per_token(V, dtype, weight.device, backend)
+    spared = V * H * 4 if needs.weight and kept_dtype(dtype).itemsize < 4 and backend == "triton" else 0
     if num_tokens * bytes_per_token <= workspace_bytes + spared:
         return [Chunk(slice(0, completions.cu_groups.numel() - 1), slice(0, num_completions), slice(0, num_tokens))]
     if completions.equal_sizes is not None:

@@ -101,7 +101,7 @@ def _exact(
 ) -> tuple[Contrast, Gradients, int]:
     options: dict[str, Any] = dict(workspace_bytes=workspace_bytes, backend=backend)
     if not any(needs):
-        return forward.copg(*batch, **options, entropy=entropy), _empty_gradients(batch, needs), 1
+        return forward.copg(*batch, **options, entropy=entropy), empty_gradients(batch, needs), 1
     units = 1 + needs.hidden_states + needs.weight
     chunks = chunks_of(batch, needs, **options)
     if chunks is not None:
@@ -111,7 +111,7 @@ def _exact(
         return contrast, gradients, units
     if dentropy is None and not (needs.weight or needs.bias) and can_keep_tiles(batch.hidden_states.dtype, backend):
         contrast, u = frozen_head.copg(*batch, **options, entropy=entropy)
-        gradients = _empty_gradients(batch, needs)
+        gradients = empty_gradients(batch, needs)
         return contrast, gradients._replace(hidden_states=scaled_slopes(u, contrast, batch)), units
     contrast = forward.copg(*batch, **options, entropy=entropy)
     return contrast, recomputed(batch, contrast, needs, **options, dentropy=dentropy), 1 + units
@@ -127,14 +127,16 @@ def in_chunks(
     *,
     entropy: bool = False,
     dentropy: Tensor | None = None,
+    dhidden_dtype: torch.dtype | None = None,
 ) -> tuple[Contrast, Gradients, Tensor]:
     """Outputs of the contrast and gradients of its loss, in `kept_dtype`, a chunk at a time; statistics (3,).
 
     With sparse_eps, which needs the kernels, from the tiles' compact form. With dentropy, a number, the gradients have
-    the part of the tokens' entropy, to which the loss has that derivative.
+    the part of the tokens' entropy, to which the loss has that derivative. The gradient of the hidden states comes in
+    dhidden_dtype where that is given, for a sum over ranks that hold shards of the head.
     """
     hidden_states, head, ops = batch.hidden_states, batch.head, tile_ops(backend)
-    gradients = _empty_gradients(batch, needs, one_chunk=len(chunks) == 1)
+    gradients = empty_gradients(batch, needs, one_chunk=len(chunks) == 1, dhidden_dtype=dhidden_dtype)
     most_tokens = max(chunk.tokens.stop - chunk.tokens.start for chunk in chunks)
     workspace = hidden_states.new_empty(
         (kept_elements(most_tokens, head.weight.shape[0], backend),), dtype=operand_dtype(hidden_states.dtype, backend)
@@ -166,7 +168,8 @@ def in_chunks(
             gradients.bias.copy_(bias if index == 0 else gradients.bias + bias)
     kept = kept_dtype(hidden_states.dtype)
     statistics = compact_tiles.statistics(shares, head.weight.shape[0]) if shares else scale.new_zeros(3)
-    return _joined(contrasts), Gradients(*(gradient.to(kept) for gradient in gradients)), statistics
+    of_head = (gradient.to(kept) for gradient in gradients[1:])
+    return _joined(contrasts), Gradients(gradients.hidden_states, *of_head), statistics
 
 
 def _upstream(contrast: Contrast, part: Batch, dentropy: Tensor | None) -> tuple[Tensor, RowSlopes]:
@@ -205,13 +208,15 @@ def _write_weight_product(tile: _Tile, out: Tensor, *, add: bool) -> None:
         compact_tiles.write_weight_product(*operands, add=add)
 
 
-def _empty_gradients(batch: Batch, needs: Needs, *, one_chunk: bool = True) -> Gradients:
+def empty_gradients(
+    batch: Batch, needs: Needs, *, one_chunk: bool = True, dhidden_dtype: torch.dtype | None = None
+) -> Gradients:
     """Where gradients go; that of the head over several chunks in the accumulation dtype."""
     hidden_states, weight = batch.hidden_states, batch.head.weight
     kept = kept_dtype(hidden_states.dtype)
     summed = kept if one_chunk else accumulation_dtype(hidden_states.dtype)
     return Gradients(
-        hidden_states.new_empty(hidden_states.shape if needs.hidden_states else (0,), dtype=kept),
+        hidden_states.new_empty(hidden_states.shape if needs.hidden_states else (0,), dtype=dhidden_dtype or kept),
         hidden_states.new_empty(weight.shape if needs.weight else (0,), dtype=summed),
         hidden_states.new_empty(weight.shape[:1] if needs.bias else (0,), dtype=accumulation_dtype(summed)),
     )

@@ -4,13 +4,14 @@
 
 or the derivative of the entropy instead, for as much: see row_slopes. A token's upstream gradient is then a factor of
 its row, so the backward pass has no GEMM left, whatever it is. Tokens go through in chunks whose logits fit the
-workspace; a group may lie in many.
+workspace; a group may lie in many. Where ranks hold shards of the head, the statistics of a chunk are exchanged before
+its label's entries are placed, and u is summed over the ranks in the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.row_slopes import slopes_of_both, slopes_of_logps
 from copg_kernels.kernels.row_statistics import Partials, Wanted, joined_partials
 from copg_kernels.schedules.kept_tiles import write_hidden_product
+from copg_kernels.schedules.shards import Shards
 from copg_kernels.schedules.tile_ops import accumulation_dtype, counted_rows, kept_dtype, operand_dtype, tile_ops
 from copg_kernels.schedules.workspace import balanced, kept_bytes_per_token, kept_elements
 
@@ -46,6 +48,7 @@ def token_logps_and_slopes(
     backend: str,
     entropy: bool = False,
     of_entropy: bool = False,
+    shards: Shards | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(T, H), (T,) -> per_token_logps (T,), lse (2, T), u (T, H) in `kept_dtype`, entropy; 0 where ignored.
 
@@ -54,13 +57,13 @@ def token_logps_and_slopes(
     dtype, num_tokens = accumulation_dtype(hidden_states.dtype), labels.numel()
     per_token_logps = hidden_states.new_empty((num_tokens,), dtype=dtype)
     lse = hidden_states.new_empty((2, num_tokens), dtype=dtype)
-    u = torch.empty(hidden_states.shape, dtype=kept_dtype(hidden_states.dtype), device=hidden_states.device)
+    u = _empty_slopes(hidden_states, shards)
     entropies = [lse.new_empty(0)]
-    options = dict(entropy=entropy or of_entropy, of_entropy=of_entropy)
+    options: dict[str, Any] = dict(entropy=entropy or of_entropy, of_entropy=of_entropy, shards=shards)
     for chunk in _chunks(hidden_states, head, labels, u, ignore_index, workspace_bytes, backend, **options):
         per_token_logps[chunk.tokens], lse[:, chunk.tokens] = chunk.per_token_logps, chunk.lse
         entropies.append(chunk.entropy)
-    return per_token_logps, lse, u, torch.cat(entropies)
+    return per_token_logps, lse, _complete(u, hidden_states, shards), torch.cat(entropies)
 
 
 def copg(
@@ -73,15 +76,28 @@ def copg(
     workspace_bytes: int,
     backend: str,
     entropy: bool = False,
+    shards: Shards | None = None,
 ) -> tuple[Contrast, Tensor]:
     """Contrast of groups that may lie in many chunks, and u (T, H), which the coefficients then scale."""
-    u = torch.empty(hidden_states.shape, dtype=kept_dtype(hidden_states.dtype), device=hidden_states.device)
+    u = _empty_slopes(hidden_states, shards)
     partials, rows = [], []
-    for chunk in _chunks(hidden_states, head, labels, u, ignore_index, workspace_bytes, backend, entropy=entropy):
+    options: dict[str, Any] = dict(entropy=entropy, shards=shards)
+    for chunk in _chunks(hidden_states, head, labels, u, ignore_index, workspace_bytes, backend, **options):
         partials.append(chunk.partials)
         rows.append(chunk.rows)
     joined = joined_partials(partials)
-    return tile_ops(backend).contrast_fwd(joined, joined_rows(rows), completions), u
+    contrast = tile_ops(backend).contrast_fwd(joined, joined_rows(rows), completions)
+    return contrast, _complete(u, hidden_states, shards)
+
+
+def _empty_slopes(hidden_states: Tensor, shards: Shards | None) -> Tensor:
+    """Where u goes; what is still to be summed over ranks in the accumulation dtype."""
+    dtype = kept_dtype(hidden_states.dtype) if shards is None else accumulation_dtype(hidden_states.dtype)
+    return torch.empty(hidden_states.shape, dtype=dtype, device=hidden_states.device)
+
+
+def _complete(u: Tensor, hidden_states: Tensor, shards: Shards | None) -> Tensor:
+    return u if shards is None else shards.summed(u).to(kept_dtype(hidden_states.dtype))
 
 
 def _chunks(
@@ -94,11 +110,13 @@ def _chunks(
     backend: str,
     *,
     entropy: bool,
+    shards: Shards | None,
     of_entropy: bool = False,
 ) -> Iterator[_Chunk]:
     """Write u (T, H), and hand out what else is known of its tokens."""
     ops, dtype, V = tile_ops(backend), hidden_states.dtype, head.weight.shape[0]
-    bytes_per_token = kept_bytes_per_token(V, dtype, hidden_states.device, backend)
+    most_rows = V if shards is None else shards.most_rows
+    bytes_per_token = kept_bytes_per_token(most_rows, dtype, hidden_states.device, backend)
     max_tokens = balanced(labels.numel(), max(1, workspace_bytes // bytes_per_token))
     workspace = hidden_states.new_empty((kept_elements(max_tokens, V, backend),), dtype=operand_dtype(dtype, backend))
     for start in range(0, labels.numel(), max_tokens):
@@ -107,6 +125,8 @@ def _chunks(
         partials, tiles = ops.exp_tiles(
             packed, head, rows, workspace, wanted=Wanted(entropy), keeps_slope=not of_entropy
         )
+        if shards is not None:
+            partials = shards.merged(partials, rows)
         per_token_logps, lse = ops.merge_splits_fwd(partials, rows)
         token_entropy = ops.token_entropy_fwd(partials, rows, per_token_logps) if entropy else lse.new_empty(0)
         scale = (labels[tokens] != ignore_index).to(lse.dtype) * -head.slope
