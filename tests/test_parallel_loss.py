@@ -29,7 +29,8 @@ PAIRS, FOURS, RAGGED = dict(group_size=2), dict(group_size=4), dict(cu_groups=to
 HEAD = dict(logit_scale=0.8, softcap=6.0, temperature=1.25)
 # Of the largest shard's logits: two chunks of pairs, or of ragged groups, and less than a group of four.
 TOKENS = 40
-UPSTREAM = 2.5
+# A power of two, which rounds nothing once more.
+UPSTREAM = 2.0
 WIDE, NARROW = [700, 0, 800], [64, 0, 33]
 
 
