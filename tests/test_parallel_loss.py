@@ -17,16 +17,15 @@ from copg_kernels.parallel import (
     parallel_linear_logps_and_entropy,
     shard_bounds,
 )
-from copg_kernels.reference import linear_copg_loss_ref
+from copg_kernels.reference import linear_copg_loss_ref, linear_logps_ref
 from tests.numerics import assert_close, relative_error, upcast
 from tests.ranks import Ranks
 from tests.test_copg import make_batch
-from tests.test_entropy import entropy_of
 from tests.test_work import MatmulFlops
 
 H, LENGTHS = 24, [5, 7, 1, 9, 12, 3, 30, 2]
 PAIRS, FOURS, RAGGED = dict(group_size=2), dict(group_size=4), dict(cu_groups=torch.tensor([0, 2, 5, 8]).int())
-HEAD = dict(logit_scale=0.8, softcap=6.0, temperature=1.25)
+HEAD, BONUS = dict(logit_scale=0.8, softcap=6.0, temperature=1.25), dict(entropy_coef=0.7)
 # Of the largest shard's logits: two chunks of pairs, or of ragged groups, and less than a group of four.
 TOKENS = 40
 # A power of two, which rounds nothing once more.
@@ -36,7 +35,7 @@ WIDE, NARROW = [700, 0, 800], [64, 0, 33]
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    ranks = Ranks(3, tmp_path_factory.mktemp("ranks") / "store", preload=["tests.test_entropy"])
+    ranks = Ranks(3, tmp_path_factory.mktemp("ranks") / "store", preload=["tests.test_work"])
     yield ranks
     ranks.stop()
 
@@ -72,10 +71,11 @@ def on_a_rank(group, function, inputs: dict, sizes: list[int], trained: str, opt
     leaves = [name for name in ("hidden_states", "lm_head_shard", "bias") if name in mine and name[0] in trained]
     mine |= {name: mine[name].clone().requires_grad_() for name in leaves}
     with counted_collectives() as sent, MatmulFlops() as counter:
-        outputs = function(**mine, **options, group=group)
+        arrives = options.get("arrives", "logps")
+        outputs = function(**mine, **{name: value for name, value in options.items() if name != "arrives"}, group=group)
         before = {name: list(sizes) for name, sizes in sent.items()}
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        loss = outputs.loss if hasattr(outputs, "loss") else outputs[0].sum()
+        loss = outputs.loss if hasattr(outputs, "loss") else of_tokens(outputs, arrives)
         gradients = torch.autograd.grad(loss, [mine[name] for name in leaves], UPSTREAM * torch.ones_like(loss))
     counted = int((inputs["labels"] != -100).sum())
     return dict(
@@ -85,6 +85,13 @@ def on_a_rank(group, function, inputs: dict, sizes: list[int], trained: str, opt
         backward={name: sizes[len(before[name]) :] for name, sizes in sent.items()},
         units=counter.flops / (2 * counted * H * max(1, sizes[rank])),
     )
+
+
+def of_tokens(outputs: tuple, arrives: str) -> torch.Tensor:
+    """A number whose derivatives by log-probs and entropy differ from token to token; or by one of the two alone."""
+    weights = torch.arange(outputs[0].numel(), dtype=outputs[0].dtype)
+    terms = {"logps": lambda: (weights.cos() * outputs[0]).sum(), "entropy": lambda: (weights.sin() * outputs[1]).sum()}
+    return sum(term() for name, term in terms.items() if arrives in (name, "both"))
 
 
 def named(outputs) -> dict:
@@ -128,13 +135,17 @@ def check(batch: dict, outputs: dict, gradients: dict, options: dict) -> None:
     """Against float64 of the whole head, bounded by the reference in float32; log-probs and rewards of one process."""
     options = {name: value for name, value in options.items() if name not in ("workspace_bytes", "backend")}
     leaves = {name: value.requires_grad_(name in gradients) for name, value in batch.items()}
+    coef = options.get("entropy_coef", 0.0)
     one = linear_copg_loss(**leaves, **options, backend="torch", return_entropy=True)
     for name in ("logps", "regularized_rewards", "log_ratios"):
         torch.testing.assert_close(outputs[name], getattr(one, name), rtol=1e-5, atol=1e-3)
     expected = []
     for dtype in (torch.float32, torch.float64):
         inputs = upcast(leaves, dtype)
-        loss = linear_copg_loss_ref(**inputs, **options)
+        loss = linear_copg_loss_ref(**inputs, **{name: x for name, x in options.items() if name != "entropy_coef"})
+        entropy = entropy_of(inputs, options)
+        mean_entropy = entropy.sum() / (batch["labels"] != -100).sum()
+        loss = loss - coef * mean_entropy
         wanted = [inputs[name] for name in gradients]
         found = torch.autograd.grad(loss, wanted, torch.full_like(loss, UPSTREAM)) if wanted else ()
         expected.append((loss.detach(), found))
@@ -142,13 +153,21 @@ def check(batch: dict, outputs: dict, gradients: dict, options: dict) -> None:
     for (name, gradient), base, gold in zip(gradients.items(), expected[0][1], expected[1][1], strict=True):
         assert gradient.dtype == batch[name].dtype
         assert_close(f"gradient of {name}", gradient, base, gold)
-    tensors = (batch[name].detach() for name in ("hidden_states", "lm_head_weight", "labels"))
-    entropy = entropy_of(*tensors, batch["bias"].detach() if "bias" in batch else None, **head_options(options))
-    torch.testing.assert_close(outputs["entropy"].double(), entropy, rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(outputs["entropy"].double(), entropy.detach(), rtol=2e-5, atol=2e-6)
+    torch.testing.assert_close(outputs["mean_entropy"].double(), mean_entropy.detach(), rtol=1e-5, atol=0.0)
 
 
 def head_options(options: dict) -> dict:
     return {name: value for name, value in options.items() if name in HEAD}
+
+
+def entropy_of(inputs: dict, options: dict) -> torch.Tensor:
+    """-sum p log p from all logits, in the inputs' own dtype; 0 where ignored."""
+    head = dict(logit_scale=1.0, softcap=None, temperature=1.0) | head_options(options)
+    logits = head["logit_scale"] * (inputs["hidden_states"] @ inputs["lm_head_weight"].T + inputs.get("bias", 0.0))
+    logits = logits if head["softcap"] is None else head["softcap"] * torch.tanh(logits / head["softcap"])
+    logs = torch.log_softmax(logits / head["temperature"], -1)
+    return -(logs.exp() * logs).sum(-1) * (inputs["labels"] != -100)
 
 
 # The loss
@@ -157,8 +176,9 @@ CASES = {
     # dtype, groups, head's options, tokens fit, chunks or None where a group does not fit
     "float32, one chunk": (torch.float32, FOURS, {}, False, 1),
     "float32, every option, two chunks": (torch.float32, PAIRS, HEAD, True, 2),
-    "float32, recomputed": (torch.float32, FOURS, HEAD, True, None),
-    "float64, two chunks": (torch.float64, RAGGED, HEAD, True, 2),
+    "float32, a bonus, two chunks": (torch.float32, PAIRS, HEAD | BONUS, True, 2),
+    "float32, a bonus, recomputed": (torch.float32, FOURS, HEAD | BONUS, True, None),
+    "float64, a bonus, two chunks": (torch.float64, RAGGED, HEAD | BONUS, True, 2),
     "bfloat16, two chunks": (torch.bfloat16, RAGGED, {}, True, 2),
     "float16, two chunks": (torch.float16, PAIRS, {}, True, 2),
     "float16, recomputed": (torch.float16, FOURS, {}, True, None),
@@ -179,7 +199,7 @@ def test_loss_and_gradients(ranks, name):
     assert outputs["gemm_units"] == units
     counted = int((batch["labels"] != -100).sum())
     for rank, result in enumerate(results):
-        # A column of the bias's own product and the twins' few reference logits aside.
+        # The bias's own product, one column, aside.
         assert rank == 1 or result["units"] == pytest.approx(units, abs=0.1)
         assert sum(result["forward"]["all_gather"]) == 4 * 8 * counted
         assert len(result["forward"]["all_gather"]) == (chunks or 1)
@@ -189,6 +209,7 @@ def test_loss_and_gradients(ranks, name):
 
 KERNEL_CASES = {
     "float32, two chunks": (torch.float32, "hlb", True, 3),
+    "float32, a bonus, two chunks": (torch.float32, "hlb", True, 3),
     "bfloat16, one chunk": (torch.bfloat16, "hl", False, 3),
     "float16, recomputed": (torch.float16, "hl", False, 4),
     "float32, a frozen head": (torch.float32, "h", True, 2),
@@ -203,6 +224,8 @@ def test_kernels_on_shards(ranks, name):
     dtype, trained, small_workspace, units = KERNEL_CASES[name]
     batch = batch_of(NARROW, dtype, bias="b" in trained)
     options = dict(beta=0.3, **PAIRS, **(HEAD if "b" in trained else {}), backend="triton")
+    if "a bonus" in name:
+        options |= BONUS
     if small_workspace:
         options["workspace_bytes"] = workspace_of(NARROW, "triton", dtype.itemsize)
     outputs, gradients, results = loss_of(ranks, batch, NARROW, trained, **options, return_entropy=True)
@@ -213,14 +236,22 @@ def test_kernels_on_shards(ranks, name):
         assert len(result["forward"]["all_gather"]) == 1 + small_workspace
 
 
-@pytest.mark.parametrize("groups, units", [(PAIRS, 2), (FOURS, 2)], ids=["groups fit", "groups do not"])
+FROZEN = {
+    "groups fit": (PAIRS, 2),
+    "groups do not": (FOURS, 2),
+    "a bonus": (PAIRS | BONUS, 2),
+    "a bonus, groups do not": (FOURS | BONUS, 3),
+}
+
+
+@pytest.mark.parametrize("groups, units", FROZEN.values(), ids=FROZEN)
 def test_loss_with_a_frozen_head(ranks, groups, units):
     batch = batch_of(WIDE)
     options = dict(beta=0.3, **groups, workspace_bytes=workspace_of(WIDE, "torch", 4))
     outputs, gradients, results = loss_of(ranks, batch, WIDE, "h", **options, return_entropy=True)
     check(batch, outputs, gradients, options)
     assert outputs["gemm_units"] == units == pytest.approx(results[0]["units"], abs=0.1)
-    assert all(len(result["forward"]["all_gather"]) == 2 for result in results)
+    assert all(len(result["forward"]["all_gather"]) == (2 if units == 2 else 1) for result in results)
     assert all(result["backward"] == dict(all_gather=[], all_reduce=[]) for result in results)
 
 
@@ -294,55 +325,84 @@ def on_a_dtensor(group, batch):
 # Log-probabilities: their entropy, and the frozen head
 
 LOGPS_CASES = {
-    "float32": (torch.float32, "hlb", {}, 4),
-    "every option": (torch.float32, "hlb", HEAD, 4),
-    "a frozen head": (torch.float32, "h", HEAD, 2),
-    "a frozen head, bfloat16": (torch.bfloat16, "h", {}, 2),
-    "a frozen head, float16": (torch.float16, "h", {}, 2),
-    "a frozen head, float64": (torch.float64, "h", HEAD, 2),
+    # dtype, what is trained, head's options, which gradients are expected, which arrive, units
+    "float32": (torch.float32, "hlb", {}, "both", "logps", 4),
+    "both gradients": (torch.float32, "hlb", HEAD, "both", "both", 4),
+    "a frozen head": (torch.float32, "h", HEAD, "logps", "logps", 2),
+    "a frozen head, both": (torch.float32, "h", HEAD, "both", "both", 3),
+    "a frozen head, the entropy's": (torch.float32, "h", HEAD, "entropy", "entropy", 2),
+    "a frozen head, a wrong guess": (torch.float32, "h", {}, "logps", "entropy", 4),
+    "a frozen head, bfloat16": (torch.bfloat16, "h", {}, "logps", "logps", 2),
+    "a frozen head, float16": (torch.float16, "h", {}, "logps", "logps", 2),
+    "a frozen head, float64": (torch.float64, "h", HEAD, "entropy", "entropy", 2),
 }
 
 
-def check_logps(ranks, sizes, dtype, trained, options, units) -> list[dict]:
-    """Entropy in float64; log-probs and gradients of the trainable head, for which test_parallel.py has the truth."""
+def check_logps(ranks, sizes, dtype, trained, options) -> list[dict]:
+    """Against float64 of the whole head, bounded by the reference in float32."""
     inputs = {name: value for name, value in batch_of(sizes, dtype, bias="b" in trained).items() if name[0] in "hlb"}
-    run = lambda function, trained: ranks.run(on_a_rank, function, inputs, sizes, trained, options, size=len(sizes))
-    results = run(parallel_linear_logps_and_entropy, trained)
+    results = ranks.run(on_a_rank, parallel_linear_logps_and_entropy, inputs, sizes, trained, options)
     outputs, gradients = whole(results)
-    tensors = [inputs[name] for name in ("hidden_states", "lm_head_weight", "labels")]
-    entropy = entropy_of(*tensors, inputs.get("bias"), **head_options(options))
-    torch.testing.assert_close(outputs["entropy"].double(), entropy, rtol=2e-5, atol=2e-6)
-    alone, gradients_alone = whole(run(parallel_linear_logps, trained))
-    assert torch.equal(alone["logps"], outputs["logps"])
-    assert all(torch.equal(gradients_alone[name], gradient) for name, gradient in gradients.items())
-    if trained == "h":
-        _, of_trainable = whole(run(parallel_linear_logps_and_entropy, "hl"))
-        rounding = max(1e-14 if dtype == torch.float64 else 1e-6, 2 * torch.finfo(dtype).eps)
-        assert relative_error(gradients["hidden_states"], of_trainable["hidden_states"]) < rounding
-    if options.get("backend") != "triton":
-        assert all(rank == 1 or r["units"] == pytest.approx(units, abs=0.1) for rank, r in enumerate(results))
+    leaves = {name: value.requires_grad_(name in gradients) for name, value in inputs.items()}
+    expected = []
+    for wide in (torch.float32, torch.float64):
+        of_head = upcast(leaves, wide)
+        numbers = linear_logps_ref(**of_head, **head_options(options)), entropy_of(of_head, options)
+        loss = of_tokens(numbers, options["arrives"])
+        found = torch.autograd.grad(loss, [of_head[name] for name in gradients], UPSTREAM * torch.ones_like(loss))
+        expected.append((*numbers, *found))
+    torch.testing.assert_close(outputs["logps"].double(), expected[1][0].detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs["entropy"].double(), expected[1][1].detach(), rtol=2e-5, atol=2e-6)
+    for (name, gradient), base, gold in zip(gradients.items(), expected[0][2:], expected[1][2:], strict=True):
+        assert gradient.dtype == dtype
+        assert_close(f"gradient of {name}", gradient, base, gold)
     return results
 
 
 @pytest.mark.parametrize("name", LOGPS_CASES)
 def test_log_probs_and_entropy(ranks, name):
-    dtype, trained, head, units = LOGPS_CASES[name]
-    is_frozen = trained == "h"
-    options = head | dict(workspace_bytes=workspace_of(WIDE, "torch", dtype.itemsize))
-    results = check_logps(ranks, WIDE, dtype, trained, options, units)
+    dtype, trained, head, expected, arrives, units = LOGPS_CASES[name]
+    options = dict(
+        expected_gradients=expected, arrives=arrives, workspace_bytes=workspace_of(WIDE, "torch", dtype.itemsize)
+    )
+    results = check_logps(ranks, WIDE, dtype, trained, head | options)
     sum_of_dhidden = [sum(LENGTHS) * H * max(4, dtype.itemsize)]
-    for result in results:
+    has_slopes = trained == "h" and expected != "both"
+    for rank, result in enumerate(results):
         # 69 tokens of which 40 fit: two chunks, whose tiles stay until u is formed.
-        assert len(result["forward"]["all_gather"]) == (2 if is_frozen else 1)
-        assert result["forward"]["all_reduce"] == (sum_of_dhidden if is_frozen else [])
-        assert result["backward"] == dict(all_gather=[], all_reduce=[] if is_frozen else sum_of_dhidden)
+        assert len(result["forward"]["all_gather"]) == (2 if has_slopes else 1)
+        assert result["forward"]["all_reduce"] == (sum_of_dhidden if has_slopes else [])
+        assert result["backward"] == dict(all_gather=[], all_reduce=[] if units == 2 else sum_of_dhidden)
+        assert rank == 1 or result["units"] == pytest.approx(units, abs=0.1)
+
+
+def test_log_probs_have_the_bits_of_those_alone(ranks):
+    inputs = {name: value for name, value in batch_of(WIDE).items() if name[0] in "hl"}
+    for trained, options in (("hl", {}), ("h", dict(expected_gradients="logps"))):
+        results = ranks.run(on_a_rank, parallel_linear_logps_and_entropy, inputs, WIDE, trained, options)
+        alone = ranks.run(on_a_rank, parallel_linear_logps, inputs, WIDE, trained, {})
+        for ours, other in zip(results, alone, strict=True):
+            assert torch.equal(ours["outputs"]["logps"], other["outputs"]["logps"])
+            assert all(torch.equal(ours["gradients"][name], value) for name, value in other["gradients"].items())
+            sent = [sum(result["forward"]["all_gather"]) for result in (ours, other)]
+            assert sent[0] * 3 == sent[1] * 4
+
+
+KERNEL_LOGPS_CASES = {
+    "a frozen head": (torch.float32, "h", "logps"),
+    "a frozen head, the entropy's": (torch.float32, "h", "entropy"),
+    "a frozen head, bfloat16": (torch.bfloat16, "h", "logps"),
+    "a trainable head": (torch.float32, "hlb", "both"),
+}
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="kernels on CPU tensors run in the interpreter only")
-@pytest.mark.parametrize("dtype, trained", [(torch.float32, "h"), (torch.bfloat16, "h"), (torch.float32, "hlb")])
-def test_kernels_of_log_probs_and_entropy(ranks, dtype, trained):
-    options = dict(backend="triton", workspace_bytes=workspace_of(NARROW, "triton", dtype.itemsize))
-    for result in check_logps(ranks, NARROW, dtype, trained, options, None):
+@pytest.mark.parametrize("name", KERNEL_LOGPS_CASES)
+def test_kernels_of_log_probs_and_entropy(ranks, name):
+    dtype, trained, arrives = KERNEL_LOGPS_CASES[name]
+    workspace = workspace_of(NARROW, "triton", dtype.itemsize)
+    options = dict(backend="triton", workspace_bytes=workspace, expected_gradients=arrives, arrives=arrives)
+    for result in check_logps(ranks, NARROW, dtype, trained, options):
         assert sum(result["forward"]["all_gather"]) == 4 * 4 * sum(LENGTHS)
         assert bool(result["backward"]["all_reduce"]) == (trained != "h")
 
@@ -354,7 +414,8 @@ def test_ignored_rows_get_nothing(ranks, backend):
     batch["labels"][:45] = -100
     batch["hidden_states"][batch["labels"] == -100] = float("nan")
     inputs = {name: batch[name] for name in ("hidden_states", "lm_head_weight", "labels")}
-    options = dict(backend=backend, workspace_bytes=workspace_of(NARROW, backend, 4) if backend == "triton" else None)
+    workspace = workspace_of(NARROW, backend, 4) if backend == "triton" else None
+    options = dict(backend=backend, workspace_bytes=workspace, expected_gradients="logps")
     results = ranks.run(on_a_rank, parallel_linear_logps_and_entropy, inputs, NARROW, "h", options)
     outputs, gradients = whole(results)
     ignored = batch["labels"] == -100
@@ -395,6 +456,8 @@ DISAGREEMENTS = [
     (dict(beta=-1.0), r"beta must be positive and finite, got -1\.0"),
     (dict(ref_logps=torch.zeros(7)), r"ref_logps must have shape \(N,\), one per completion, = \(8,\), got \(7,\)"),
     (dict(cu_seqlens=None), r"labels must have shape \(B, L\), or \(T,\) with cu_seqlens"),
+    (dict(entropy_coef=0.1), r"entropy_coef must be the same .*0\.0 on rank 0, 1; 0\.1 on rank 2"),
+    (dict(entropy_coef=None), r"entropy_coef must be a finite number, got None"),
     (dict(return_entropy="yes"), r"return_entropy must be a bool, got 'yes'"),
     (dict(rewards=torch.zeros(8, requires_grad=True)), r"rewards must not require a gradient.*pass rewards\.detach"),
 ]  # fmt: skip

@@ -13,10 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from copg_kernels import checks
 from copg_kernels.kernels.head import Head
 from copg_kernels.ops import on_device, plain_head, row_major
-from copg_kernels.parallel.agreement import agree
+from copg_kernels.parallel.agreement import Call, agree
 from copg_kernels.parallel.shard import HeadCall, describe_head, group_of, place_of
 from copg_kernels.schedules import frozen_head, vocab_parallel
-from copg_kernels.schedules.recompute import Needs
+from copg_kernels.schedules.recompute import Gradients, Needs
 from copg_kernels.schedules.shards import IGNORED, Shards, shard_labels
 from copg_kernels.schedules.tile_ops import can_keep_tiles
 
@@ -72,7 +72,7 @@ def parallel_linear_logps(
     """
     options = (logit_scale, softcap, temperature, ignore_index, workspace_bytes, backend)
     call = HeadCall("parallel_linear_logps", hidden_states, lm_head_shard, labels, bias, *options)
-    return _logps(call, group, entropy=False)[0]
+    return _logps(call, group, slopes="logps", entropy=False)[0]
 
 
 @torch.compiler.disable
@@ -86,29 +86,38 @@ def parallel_linear_logps_and_entropy(
     softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    expected_gradients: str = "both",
     workspace_bytes: int | None = None,
     backend: str = "auto",
     group: dist.ProcessGroup | DeviceMesh | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`parallel_linear_logps`, and the entropy of each row's softmax over the whole vocabulary, at no extra GEMM.
+    """`parallel_linear_logps`, and the entropy of each row's softmax over the whole vocabulary; both differentiable.
 
         entropy[t] = -sum_v P[t, v] log P[t, v],    P = softmax(logits)        (0 where labels[t] = ignore_index)
 
-    A fourth number per token travels: sum_v exp(z - max) (z - max) of a rank's entries. The log-probabilities have the
-    bits of `parallel_linear_logps` and its gradients. The entropy carries none.
+    `linear_logps_and_entropy` of the head whose rows the ranks hold. A fourth number per token travels: of a rank's
+    entries, sum_v exp(z - max) (z - max). The log-probabilities have the bits of `parallel_linear_logps`. With upstream
+    gradients g of the log-probabilities and h of the entropy, the gradient of a rank's own logits is
+
+        dlogits[t, v] = g[t] (1[v = labels[t]] - P[t, v]) - h[t] P[t, v] (log P[t, v] + entropy[t])
+
+    and goes on as in `parallel_linear_logps`. A trainable head takes four head GEMMs in all, a frozen one three, or two
+    where the forward pass knows what will arrive; each over world_size.
 
     Args:
-        as in `parallel_linear_logps`.
+        expected_gradients: as in `linear_logps_and_entropy`, the same on all ranks.
+        The others: as in `parallel_linear_logps`.
 
     Returns:
         per_token_logps, entropy: (...,) float32, in nats (float64 for float64 operands), the same bits on every rank.
 
     Raises, on all ranks, with the rank it came from:
-        TypeError, ValueError, RuntimeError: as `parallel_linear_logps`.
+        TypeError, ValueError, RuntimeError: as `parallel_linear_logps`; expected_gradients is none of the three, or
+            differs between ranks.
     """
     options = (logit_scale, softcap, temperature, ignore_index, workspace_bytes, backend)
     call = HeadCall("parallel_linear_logps_and_entropy", hidden_states, lm_head_shard, labels, bias, *options)
-    return _logps(call, group, entropy=True)
+    return _logps(call, group, slopes=expected_gradients, entropy=True)
 
 
 class _Setting(NamedTuple):
@@ -117,22 +126,27 @@ class _Setting(NamedTuple):
     labels: Tensor  # (T,) of the shard
     logit_options: tuple[float, float | None, float]
     shards: Shards
-    frozen_head: bool
+    slopes: str
+    """Whose derivative the forward pass forms, as in `linear_logps_op`: that of "logps", of "entropy", or "none"."""
     entropy: bool
     options: dict[str, Any]  # workspace_bytes and backend
 
 
-def _logps(call: HeadCall, group: dist.ProcessGroup | DeviceMesh | None, *, entropy: bool) -> tuple[Tensor, Tensor]:
+def _logps(
+    call: HeadCall, group: dist.ProcessGroup | DeviceMesh | None, *, slopes: str, entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """slopes: which upstream gradients are expected."""
     group = group_of(call.lm_head_shard, group)
-    place = place_of(group, agree(group, lambda: describe_head(call)))
+    place = place_of(group, agree(group, lambda: _describe(call, slopes)))
     checks.require_labels(call.labels, place.vocab_size, call.ignore_index)
     hidden_states, shard, bias = call.inputs()
     backend = checks.resolve_backend(call.backend, hidden_states)
+    is_frozen = call.needs() == [True, False, False] and can_keep_tiles(hidden_states.dtype, backend)
     setting = _Setting(
         shard_labels(call.labels.reshape(-1), call.ignore_index, place.first_row, place.num_rows),
         (float(call.logit_scale), call.softcap, float(call.temperature)),
         place.shards,
-        call.needs() == [True, False, False] and can_keep_tiles(hidden_states.dtype, backend),
+        slopes if is_frozen and slopes != "both" else "none",
         entropy,
         dict(workspace_bytes=place.workspace_bytes, backend=backend),
     )
@@ -142,39 +156,59 @@ def _logps(call: HeadCall, group: dist.ProcessGroup | DeviceMesh | None, *, entr
     return per_token_logps.view(shape), token_entropy.view(shape) if entropy else token_entropy
 
 
+def _describe(call: HeadCall, expected_gradients: str) -> Call:
+    checks.check_expected_gradients(expected_gradients)
+    shared, own = describe_head(call)
+    return Call(shared | {"expected_gradients": expected_gradients}, own)
+
+
 class _ParallelLogps(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_states: Tensor, shard: Tensor, bias: Tensor | None, setting: _Setting
     ) -> tuple[Tensor, Tensor]:
         ctx.setting, ctx.dtype = setting, hidden_states.dtype
+        ctx.set_materialize_grads(False)
         hidden_states, head = row_major(hidden_states), plain_head(shard, bias, *setting.logit_options)
         tokens, shards = (hidden_states, head, setting.labels), setting.shards
         options: dict[str, Any] = setting.options | dict(entropy=setting.entropy)
         with on_device(hidden_states, setting.options["workspace_bytes"]):
-            if setting.frozen_head:
-                per_token_logps, _, dlogp_dhidden, entropy = frozen_head.token_logps_and_slopes(
-                    *tokens, ignore_index=IGNORED, shards=shards, **options
-                )
-                ctx.save_for_backward(dlogp_dhidden)
-            else:
+            if setting.slopes == "none":
                 per_token_logps, lse, entropy = vocab_parallel.token_logps(*tokens, shards, **options)
-                ctx.save_for_backward(hidden_states, *head[:2], per_token_logps, lse)
-        ctx.mark_non_differentiable(entropy)
+                u = lse.new_empty(0)
+            else:
+                options |= dict(ignore_index=IGNORED, of_entropy=setting.slopes == "entropy", shards=shards)
+                per_token_logps, lse, u, entropy = frozen_head.token_logps_and_slopes(*tokens, **options)
+        known = (hidden_states, *head[:2], per_token_logps, lse, entropy)
+        ctx.save_for_backward(u, *(known if setting.slopes == "none" or setting.entropy else ()))
+        if not setting.entropy:
+            ctx.mark_non_differentiable(entropy)
         return per_token_logps, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dlogps: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        labels, logit_options, shards, is_frozen, _, options = ctx.setting
-        if is_frozen:
-            (dlogp_dhidden,) = ctx.saved_tensors
+    def backward(ctx: Any, dlogps: Tensor | None, dentropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dlogps is None and dentropy is None:
+            return None, None, None, None
+        setting = ctx.setting
+        known = {"logps": (dlogps, dentropy), "entropy": (dentropy, dlogps), "none": (None, True)}
+        upstream, other = known[setting.slopes]
+        if other is None:
+            assert upstream is not None
             # Whatever reaches an ignored token, NaN included, goes no further.
-            coefficient = dlogps.where(labels != IGNORED, 0.0)
-            return (dlogp_dhidden * coefficient.unsqueeze(1)).to(ctx.dtype), None, None, None
-        hidden_states, weight, bias, per_token_logps, lse = ctx.saved_tensors
-        needs, head = Needs(*ctx.needs_input_grad[:3]), Head(weight, bias, *logit_options)
-        operands = (dlogps.contiguous(), hidden_states, head, labels, per_token_logps, lse, needs, shards)
-        with on_device(hidden_states, options["workspace_bytes"]):
-            gradients = vocab_parallel.token_logps_bwd(*operands, **options)
+            coefficient = upstream.where(setting.labels != IGNORED, 0.0)
+            return (ctx.saved_tensors[0] * coefficient.unsqueeze(1)).to(ctx.dtype), None, None, None
+        needs = Needs(*ctx.needs_input_grad[:3])
+        gradients = _recomputed(setting, dlogps, dentropy, ctx.saved_tensors[1:], needs)
         return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None
+
+
+def _recomputed(
+    setting: _Setting, dlogps: Tensor | None, dentropy: Tensor | None, saved: tuple[Tensor, ...], needs: Needs
+) -> Gradients:
+    hidden_states, weight, bias, per_token_logps, lse, entropy = saved
+    head = Head(weight, bias, *setting.logit_options)
+    dlogps = None if dlogps is None else dlogps.contiguous()
+    operands = (dlogps, hidden_states, head, setting.labels, per_token_logps, lse, needs, setting.shards)
+    with on_device(hidden_states, setting.options["workspace_bytes"]):
+        return vocab_parallel.token_logps_bwd(*operands, **setting.options, dentropy=dentropy, entropy=entropy)

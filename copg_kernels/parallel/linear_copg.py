@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from copg_kernels import checks
-from copg_kernels.copg import CoPGOutput
+from copg_kernels.copg import CoPGOutput, mean_of_counted
 from copg_kernels.kernels.contrast import Completions
 from copg_kernels.known_gradients import with_gradients
 from copg_kernels.ops import gemm_units, on_device, plain_head, row_major
@@ -41,6 +41,7 @@ def parallel_linear_copg_loss(
     temperature: float = 1.0,
     ignore_index: int = -100,
     return_entropy: bool = False,
+    entropy_coef: float = 0.0,
     workspace_bytes: int | None = None,
     backend: str = "auto",
     group: dist.ProcessGroup | DeviceMesh | None = None,
@@ -51,11 +52,11 @@ def parallel_linear_copg_loss(
 
     The gradients are computed along with the loss, from the logits of as many whole groups as fit workspace_bytes on
     the rank with the largest shard. Before a chunk of groups is dropped the ranks exchange three float32 numbers per
-    token (four with return_entropy), from which each computes the same loss and coefficients, to the bit. The gradient
-    of hidden_states is summed over the ranks in float32, once for the batch; the backward pass sends nothing. Three
-    head GEMMs, two with a frozen head, one without gradients, each over world_size. With a trainable head, a group
-    whose logits exceed workspace_bytes makes it compute the whole batch's logits twice, and so does float16 on a GPU;
-    gemm_units tells.
+    token (four where the entropy is wanted), from which each computes the same loss and coefficients, to the bit. The
+    gradient of hidden_states is summed over the ranks in float32, once for the batch; the backward pass sends nothing.
+    Three head GEMMs, two with a frozen head, one without gradients, each over world_size. With a trainable head or an
+    entropy bonus, a group whose logits exceed workspace_bytes makes it compute the whole batch's logits twice, and so
+    does float16 on a GPU; gemm_units tells.
 
         dlm_head_shard[v] = sum_t c[t] (1[v = labels[t]] - P[t, v]) dlogits[t, v]/dz * hidden_states[t]       own rows
         dhidden_states[t] = sum over ranks of their rows' part                     in float32; the same on every rank
@@ -70,7 +71,7 @@ def parallel_linear_copg_loss(
         labels: (B, L) or (T,) int64, tokens of the whole vocabulary, the same on all ranks; ignore_index on prompt and
             padding.
         ref_logps, rewards: (N,) floating point, the same on all ranks.
-        beta, group_size, cu_groups, cu_seqlens, average_logps, return_entropy: as `linear_copg_loss`.
+        beta, group_size, cu_groups, cu_seqlens, average_logps, return_entropy, entropy_coef: as `linear_copg_loss`.
         bias: (V_r,), same dtype, for these rows, or a DTensor like the weight, or None on all ranks.
         logit_scale, softcap, temperature, ignore_index, backend: as `linear_logps`.
         workspace_bytes: as `linear_copg_loss`, for a rank's shard; the smallest of the ranks counts.
@@ -78,7 +79,7 @@ def parallel_linear_copg_loss(
 
     Returns:
         CoPGOutput: loss, logps, regularized_rewards, log_ratios, float32 (float64 for float64 operands); gemm_units;
-        entropy where asked for. The same bits on every rank.
+        entropy and mean_entropy where asked for. The same bits on every rank.
 
     Raises, on all ranks, with the rank it came from:
         TypeError, ValueError: a rank's arguments are refused as by `linear_copg_loss`; tokens, labels, ref_logps,
@@ -90,7 +91,7 @@ def parallel_linear_copg_loss(
     """
     options = (logit_scale, softcap, temperature, ignore_index, workspace_bytes, backend)
     head = HeadCall("parallel_linear_copg_loss", hidden_states, lm_head_shard, labels, bias, *options)
-    numbers = (ref_logps, rewards, beta, group_size, cu_groups, cu_seqlens, average_logps, return_entropy)
+    numbers = (ref_logps, rewards, beta, group_size, cu_groups, cu_seqlens, average_logps, return_entropy, entropy_coef)
     call = _LossCall(head, *numbers)
     group = group_of(lm_head_shard, group)
     place = place_of(group, agree(group, lambda: _describe(call)))
@@ -109,12 +110,14 @@ class _LossCall(NamedTuple):
     cu_seqlens: Tensor | None
     average_logps: bool
     return_entropy: bool
+    entropy_coef: float
 
 
 def _describe(call: _LossCall) -> Call:
     shared, own = describe_head(call.head)
     checks.check_flag("average_logps", call.average_logps)
-    checks.check_flag("return_entropy", call.return_entropy)
+    checks.check_return_entropy(call.return_entropy, sparse_eps=None)
+    checks.check_entropy_coef(call.entropy_coef, sparse_eps=None)
     completions = _completions(call)
     shared |= {
         "beta": completions.beta,
@@ -125,6 +128,7 @@ def _describe(call: _LossCall) -> Call:
         "rewards (their checksum)": checksum(call.rewards),
         "average_logps": call.average_logps,
         "return_entropy": call.return_entropy,
+        "entropy_coef": call.entropy_coef,
     }
     return Call(shared, own)
 
@@ -154,9 +158,13 @@ def _loss(call: _LossCall, place: Place) -> CoPGOutput:
     checks.require_batch(head.labels.reshape(-1), place.vocab_size, head.ignore_index, completions)
     batch, needs = _shards_batch(head, place, completions), Needs(*head.needs())
     backend = checks.resolve_backend(head.backend, head.hidden_states)
-    options: dict[str, Any] = dict(workspace_bytes=place.workspace_bytes, backend=backend, entropy=call.return_entropy)
+    options: dict[str, Any] = dict(workspace_bytes=place.workspace_bytes, backend=backend)
+    options |= dict(entropy=call.return_entropy, entropy_coef=float(call.entropy_coef))
     with on_device(batch.hidden_states, place.workspace_bytes):
         contrast, gradients, units = sharded_groups.copg(batch, needs, place.shards, **options)
+    mean_entropy = None
+    if contrast.entropy.numel():
+        mean_entropy = mean_of_counted(contrast.entropy, batch.labels, batch.ignore_index)
     return CoPGOutput(
         with_gradients(contrast.loss, inputs, gradients, needs, backend),
         contrast.logps,
@@ -164,6 +172,7 @@ def _loss(call: _LossCall, place: Place) -> CoPGOutput:
         contrast.log_ratios,
         gemm_units(units, contrast.loss),
         entropy=contrast.entropy.view(head.labels.shape) if call.return_entropy else None,
+        mean_entropy=mean_entropy,
     )
 
 

@@ -69,8 +69,7 @@ def copg(
     if entropy_coef:
         dentropy = slope_of_bonus(entropy_coef, batch)
         contrast, gradients, units = _exact(batch, needs, **options, entropy=True, dentropy=dentropy)
-        bonus = dentropy * contrast.entropy.sum(dtype=torch.float64)
-        return contrast._replace(loss=(contrast.loss + bonus).to(contrast.loss.dtype)), gradients, units, statistics
+        return with_bonus(contrast, dentropy), gradients, units, statistics
     if sparse_eps is not None and any(needs):
         found = _sparse(batch, needs, sparse_eps, **options)
         if found is not None:
@@ -83,6 +82,12 @@ def copg(
 def slope_of_bonus(entropy_coef: float, batch: Batch) -> Tensor:
     """dloss / dentropy of each counted token, () float64: their mean, times -entropy_coef, is part of the loss."""
     return -entropy_coef / (batch.labels != batch.ignore_index).sum().double().clamp(min=1)
+
+
+def with_bonus(contrast: Contrast, dentropy: Tensor) -> Contrast:
+    """The entropy's part in the loss."""
+    bonus = dentropy * contrast.entropy.sum(dtype=torch.float64)
+    return contrast._replace(loss=(contrast.loss + bonus).to(contrast.loss.dtype))
 
 
 def _sparse(

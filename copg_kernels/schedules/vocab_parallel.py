@@ -62,7 +62,7 @@ def copg(
 
 
 def token_logps_bwd(
-    dlogps: Tensor,
+    dlogps: Tensor | None,
     hidden_states: Tensor,
     shard: Head,
     labels: Tensor,
@@ -73,6 +73,8 @@ def token_logps_bwd(
     *,
     workspace_bytes: int,
     backend: str,
+    dentropy: Tensor | None = None,
+    entropy: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Gradients:
     """As `recompute.token_logps_bwd`; weight and bias are the shard's, hidden_states the sum over all shards.
@@ -92,6 +94,8 @@ def token_logps_bwd(
             ignore_index=IGNORED,
             workspace_bytes=workspace_bytes,
             backend=backend,
+            dentropy=dentropy,
+            entropy=entropy,
             dhidden_dtype=accumulation,
             dhead_dtype=dtype,
         )
