@@ -45,7 +45,9 @@ def check_head(
     """Shapes, dtypes and devices of the head's operands, all of them plain; a shard of the head may have no row."""
     _refuse_dtensor("hidden_states", hidden_states, "pass its full_tensor()")
     _refuse_dtensor("labels", labels, "pass its full_tensor()")
-    for_shards = "copg_kernels.parallel.gathered makes it whole, parallel_linear_logps takes shards of rows"
+    for_shards = (
+        "copg_kernels.parallel.gathered makes it whole, parallel_linear_logps and parallel_linear_copg_loss take shards"
+    )
     _refuse_dtensor("lm_head_weight", lm_head_weight, for_shards)
     _refuse_dtensor("bias", bias, for_shards)
     _require_tensor("hidden_states", hidden_states, _FLOATS)

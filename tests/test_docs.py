@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 import copg_kernels
 from copg_kernels import linear_copg_loss, linear_logps, linear_sequence_loss, losses, parallel
-from copg_kernels.parallel import parallel_linear_logps
+from copg_kernels.parallel import parallel_linear_copg_loss, parallel_linear_logps
 from copg_kernels.reference import copg_loss_ref
 from tests.numerics import relative_error
 from tests.ranks import Ranks
@@ -299,7 +299,13 @@ def test_every_block_has_a_test():
 
 # What is supported where
 
-OPERATORS = [linear_logps, linear_copg_loss, linear_sequence_loss, parallel_linear_logps]
+OPERATORS = [
+    linear_logps,
+    linear_copg_loss,
+    linear_sequence_loss,
+    parallel_linear_logps,
+    parallel_linear_copg_loss,
+]
 
 
 def cells(first: str) -> list[str]:

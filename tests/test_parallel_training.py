@@ -278,19 +278,21 @@ def test_gather_rows_refuses_other_numbers(ranks, num_rows):
 # The recipes of docs/scaling.md
 
 RECIPES = re.findall(r"^```python\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)
-SAME_BATCH, SPREAD, ROWS, IN_FORWARD, GATHERED = range(5)
+SAME_BATCH, FUSED, SPREAD, ROWS, IN_FORWARD, GATHERED = range(6)
 
 
 def run_recipe(group, number, policy, batch):
     """-> the loss of this rank, and the head's gradient in full."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    mine = batch if number == SAME_BATCH else {name: values.chunk(size)[rank] for name, values in batch.items()}
+    mine = (
+        batch if number in (SAME_BATCH, FUSED) else {name: values.chunk(size)[rank] for name, values in batch.items()}
+    )
     # Where a recipe leaves the body to its reader, and a leaf for the head.
     given = dict(hidden_states=policy.body(mine["input_ids"]), lm_head_weight=policy.lm_head.weight, model=policy)
     given |= dict(mesh=DeviceMesh.from_group(group, "cpu"), nn=nn, fully_shard=fully_shard, **mine)
     scope = vars(copg_kernels) | vars(parallel) | given
     exec(RECIPES[number], scope)
-    gradient = scope["lm_head_shard"].grad if number == SAME_BATCH else policy.lm_head.weight.grad
+    gradient = scope["lm_head_shard"].grad if number in (SAME_BATCH, FUSED) else policy.lm_head.weight.grad
     return scope["loss"].item(), gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
 
 
@@ -302,7 +304,7 @@ def test_recipes(ranks, number):
     loss.backward()
     gold = policy.lm_head.weight.grad
     assert abs(sum(losses) / 2 - loss.item()) < 1e-12 * abs(loss.item())
-    if number == SAME_BATCH:
+    if number in (SAME_BATCH, FUSED):
         assert relative_error(torch.cat(gradients), gold) < 1e-12
     elif number in (SPREAD, ROWS):
         assert relative_error(sum(gradients) / 2, gold) < 1e-12
