@@ -17,7 +17,7 @@ from copg_kernels.parallel import (
     parallel_linear_logps_and_entropy,
     shard_bounds,
 )
-from copg_kernels.reference import linear_copg_loss_ref, linear_logps_ref
+from copg_kernels.reference import linear_copg_loss_ref, linear_entropy_ref, linear_logps_ref
 from tests.numerics import assert_close, relative_error, upcast
 from tests.ranks import Ranks
 from tests.test_copg import make_batch
@@ -143,7 +143,12 @@ def check(batch: dict, outputs: dict, gradients: dict, options: dict) -> None:
     for dtype in (torch.float32, torch.float64):
         inputs = upcast(leaves, dtype)
         loss = linear_copg_loss_ref(**inputs, **{name: x for name, x in options.items() if name != "entropy_coef"})
-        entropy = entropy_of(inputs, options)
+        tokens = {
+            name: value
+            for name, value in inputs.items()
+            if name in ("hidden_states", "lm_head_weight", "labels", "bias")
+        }
+        entropy = linear_entropy_ref(**tokens, **head_options(options))
         mean_entropy = entropy.sum() / (batch["labels"] != -100).sum()
         loss = loss - coef * mean_entropy
         wanted = [inputs[name] for name in gradients]
@@ -159,15 +164,6 @@ def check(batch: dict, outputs: dict, gradients: dict, options: dict) -> None:
 
 def head_options(options: dict) -> dict:
     return {name: value for name, value in options.items() if name in HEAD}
-
-
-def entropy_of(inputs: dict, options: dict) -> torch.Tensor:
-    """-sum p log p from all logits, in the inputs' own dtype; 0 where ignored."""
-    head = dict(logit_scale=1.0, softcap=None, temperature=1.0) | head_options(options)
-    logits = head["logit_scale"] * (inputs["hidden_states"] @ inputs["lm_head_weight"].T + inputs.get("bias", 0.0))
-    logits = logits if head["softcap"] is None else head["softcap"] * torch.tanh(logits / head["softcap"])
-    logs = torch.log_softmax(logits / head["temperature"], -1)
-    return -(logs.exp() * logs).sum(-1) * (inputs["labels"] != -100)
 
 
 # The loss
@@ -347,7 +343,7 @@ def check_logps(ranks, sizes, dtype, trained, options) -> list[dict]:
     expected = []
     for wide in (torch.float32, torch.float64):
         of_head = upcast(leaves, wide)
-        numbers = linear_logps_ref(**of_head, **head_options(options)), entropy_of(of_head, options)
+        numbers = tuple(f(**of_head, **head_options(options)) for f in (linear_logps_ref, linear_entropy_ref))
         loss = of_tokens(numbers, options["arrives"])
         found = torch.autograd.grad(loss, [of_head[name] for name in gradients], UPSTREAM * torch.ones_like(loss))
         expected.append((*numbers, *found))
