@@ -53,7 +53,9 @@ def _allow(bfloat16: tuple[bool, bool], float16: tuple[bool, bool], accumulation
 
 
 def mm_fp32(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out = a @ b, (M, K) x (K, N) -> (M, N)."""
+    """out = a @ b, (M, K) x (K, N) -> (M, N); M or K is 0 where a rank holds no row of the head."""
+    if a.numel() == 0:
+        return out.zero_()
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     if a.is_cuda:
@@ -63,6 +65,8 @@ def mm_fp32(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 def addmm_fp32_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """out += a @ b."""
+    if a.numel() == 0:
+        return out
     if a.dtype == out.dtype:
         return out.addmm_(a, b)
     if a.is_cuda:
