@@ -13,6 +13,7 @@ from copg_kernels import checks
 from copg_kernels.kernels.contrast import Completions
 from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.matmul import sums_in_full
+from copg_kernels.kernels.row_statistics import Wanted
 from copg_kernels.kernels.scale_gradient import scale_gradient_
 from copg_kernels.schedules import closed_groups, forward, recompute
 from copg_kernels.schedules import frozen_head as frozen
@@ -45,26 +46,27 @@ def linear_logps_op(
     hidden_states = row_major(hidden_states)
     with on_device(hidden_states, workspace_bytes):
         if slopes != "none":
-            return frozen.token_logps_and_slopes(
+            per_token_logps, lse, u, statistics = frozen.token_logps_and_slopes(
                 hidden_states,
                 head,
                 labels,
                 ignore_index=ignore_index,
                 workspace_bytes=workspace_bytes,
                 backend=backend,
-                entropy=entropy,
+                wanted=Wanted(entropy),
                 of_entropy=slopes == "entropy",
             )
-        per_token_logps, lse, token_entropy = forward.token_logps(
+            return per_token_logps, lse, u, statistics.entropy
+        per_token_logps, lse, statistics = forward.token_logps(
             hidden_states,
             head,
             labels,
             ignore_index=ignore_index,
             workspace_bytes=workspace_bytes,
             backend=backend,
-            entropy=entropy,
+            wanted=Wanted(entropy),
         )
-    return per_token_logps, lse, lse.new_empty(0), token_entropy
+    return per_token_logps, lse, lse.new_empty(0), statistics.entropy
 
 
 @linear_logps_op.register_fake

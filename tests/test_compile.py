@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
 HEAD_KERNELS = {"linear_logps_fwd", "exp_tile", "softmax_minus_label"}
 PRODUCTS = {"gather_product", "dense_product"}
-OTHERS = {"scale_gradient", "scale_rows", "fold_tiles", "merge_splits", "token_entropy", "place_labels", "contrast"}
+OTHERS = {"scale_gradient", "scale_rows", "fold_tiles", "merge_splits", "token_statistics", "place_labels", "contrast"}
 OTHERS |= {"add_entropy", "count_significant", "fill"}
 
 

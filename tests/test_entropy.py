@@ -16,6 +16,7 @@ from copg_kernels import (
 )
 from copg_kernels.kernels.contrast import Completions
 from copg_kernels.kernels.head import Head
+from copg_kernels.kernels.row_statistics import Wanted
 from copg_kernels.reference import linear_entropy_ref
 from copg_kernels.schedules import closed_groups, forward, frozen_head, recompute
 from copg_kernels.schedules.chunks import Batch
@@ -120,7 +121,7 @@ def test_no_product_more():
         flops = []
         for entropy in (False, True):
             with MatmulFlops() as counter:
-                schedule(hidden_states, Head(weight, None, 1.0, None, 1.0), labels, **options, entropy=entropy)
+                schedule(hidden_states, Head(weight, None, 1.0, None, 1.0), labels, **options, wanted=Wanted(entropy))
             flops.append(counter.flops)
         assert flops[0] == flops[1] > 0
 

@@ -22,7 +22,7 @@ from copg_kernels.kernels.language import NO_FUSION, jit, tl
 from copg_kernels.kernels.merge_splits import merge_splits_fwd, merge_splits_fwd_torch
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.row_statistics import Partials
-from copg_kernels.kernels.token_entropy import token_entropy_fwd, token_entropy_fwd_torch
+from copg_kernels.kernels.token_statistics import token_statistics_fwd, token_statistics_fwd_torch
 
 BLOCK_T = 256
 BLOCK_K = 32
@@ -171,7 +171,7 @@ def contrast_fwd(partials: Partials, rows: PackedRows, completions: Completions)
         coefficients,
         per_token_logps,
         lse,
-        new((0,)) if partials.weighted is None else token_entropy_fwd(partials, rows, per_token_logps),
+        new((0,)) if partials.weighted is None else token_statistics_fwd(partials, rows, per_token_logps).entropy,
     )
 
 
@@ -201,7 +201,9 @@ def contrast_fwd_torch(partials: Partials, rows: PackedRows, completions: Comple
         coefficients.to(logps.dtype),
         per_token_logps,
         lse,
-        lse.new_empty(0) if partials.weighted is None else token_entropy_fwd_torch(partials, rows, per_token_logps),
+        lse.new_empty(0)
+        if partials.weighted is None
+        else token_statistics_fwd_torch(partials, rows, per_token_logps).entropy,
     )
 
 

@@ -40,9 +40,13 @@ from copg_kernels.kernels.row_statistics import (
     NOTHING,
     Partials,
     Wanted,
+    empty_partials,
     exponentials,
     holds_label,
+    largest_before,
     partials_of_no_entries,
+    store_wanted,
+    sum_of_logits,
     take_out_label,
     tile_maximum,
     weighted_terms,
@@ -69,7 +73,10 @@ def _exp_tile_kernel(
     tile,  # (R, padded width), out
     tile_max_ptr,  # (num_tiles, R) float32, out
     tile_sum_ptr,  # (num_tiles, R) float32, out
-    tile_weighted_ptr,  # (num_tiles, R) float32, out, or None
+    tile_weighted_ptr,  # (num_tiles, R) float32, out, or None; like the next three
+    tile_squares_ptr,
+    tile_logits_ptr,
+    tile_before_ptr,
     label_logits_ptr,  # (R,) float32, out
     first_tile,
     R,
@@ -124,8 +131,16 @@ def _exp_tile_kernel(
     lowest = lowest_logit(inv_softcap, inv_temperature, HAS_CAP)
     has_label = holds_label(label, pid_v * BLOCK_V, BLOCK_V)
     label_logit = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    offset = pid_v.to(tl.int64) * R + offs_n
+    if tile_logits_ptr is not None:
+        logits = sum_of_logits(parts, pid_v * BLOCK_V, V, EVEN_V, BLOCK_V)
+        tl.store(tile_logits_ptr + offset, logits, mask=mask_n)
+    if tile_before_ptr is not None:
+        before = largest_before(parts, tile_max, has_label, label, pid_v * BLOCK_V, BLOCK_V)
+        tl.store(tile_before_ptr + offset, before, mask=mask_n)
 
     # 3. Its sums, and the exponentials themselves, relative to the row's reference.
+    squares = tl.zeros((BLOCK_N,), dtype=tl.float32)
     sums = tl.zeros((BLOCK_N, BLOCK_V // 4), dtype=tl.float32)
     weighted = tl.zeros((BLOCK_N, BLOCK_V // 4), dtype=tl.float32)
     for part in tl.static_range(len(parts)):
@@ -136,15 +151,17 @@ def _exp_tile_kernel(
         sums += exps
         if tile_weighted_ptr is not None:
             weighted += weighted_terms(exps, distance)
+        if tile_squares_ptr is not None:
+            squares += tl.sum(exps * exps, 1)
         value = exps * factor[:, None]
         if KEEPS_SLOPE:
             value *= cap_slope(z, inv_softcap, inv_temperature)
         store_part(tile, value, pid_n * BLOCK_N, start_v, R, padded_width, stride_tile, USE_TMA)
-    offset = pid_v.to(tl.int64) * R + offs_n
     tl.store(tile_max_ptr + offset, tile_max, mask=mask_n)
     tl.store(tile_sum_ptr + offset, tl.sum(sums, 1), mask=mask_n)
     if tile_weighted_ptr is not None:
         tl.store(tile_weighted_ptr + offset, tl.sum(weighted, 1) * LN_2, mask=mask_n)
+    store_wanted(tile_squares_ptr, offset, squares, mask_n)
     is_here = (label >= pid_v * BLOCK_V) & (label < (pid_v + 1) * BLOCK_V)
     tl.store(label_logits_ptr + offs_n, label_logit, mask=mask_n & is_here)
 
@@ -179,12 +196,11 @@ def exp_tiles(
     way = way_of(head.weight, "loss")
     blocks = blocks_of(head.weight, way)
     stride_tile = row_stride(V)
-    tile_max, tile_sum = hidden_states.new_empty((2, triton.cdiv(V, blocks.BLOCK_V), R), dtype=torch.float32)
-    tile_weighted = torch.empty_like(tile_max) if wanted.entropy else None
+    tiles = empty_partials(triton.cdiv(V, blocks.BLOCK_V), R, hidden_states.device, wanted)
     kept = ScaledTile(
         workspace[: R * stride_tile].view(R, stride_tile)[:, :V],
         _reference_logits(hidden_states, head),
-        hidden_states.new_empty((R,), dtype=torch.float32),
+        tiles.label_logits,
     )
     num_groups = triton.cdiv(R, blocks.BLOCK_N * GROUP_N)
     if R:
@@ -193,17 +209,19 @@ def exp_tiles(
                 labels_ptr=rows.labels,
                 num_rows_ptr=rows.num_rows,
                 reference_ptr=kept.reference,
-                tile_max_ptr=tile_max,
-                tile_sum_ptr=tile_sum,
-                tile_weighted_ptr=tile_weighted,
-                label_logits_ptr=kept.label_logits,
+                tile_max_ptr=tiles.max,
+                tile_sum_ptr=tiles.sum,
+                tile_weighted_ptr=tiles.weighted,
+                tile_squares_ptr=tiles.squares,
+                tile_logits_ptr=tiles.logits,
+                tile_before_ptr=tiles.before,
+                label_logits_ptr=tiles.label_logits,
                 GROUP_N=GROUP_N,
                 KEEPS_SLOPE=keeps_slope and head.softcap is not None,
                 **out_arguments(padded(kept.tile), blocks),
                 **tile_arguments(hidden_states, head, blocks, start, product),
             )
-    folded = fold_tiles(tile_max, tile_sum, tile_weighted, blocks.tiles_per_split)
-    return Partials(*folded[:2], kept.label_logits, folded[2]), kept
+    return fold_tiles(tiles, blocks.tiles_per_split, wanted), kept
 
 
 def _reference_logits(hidden_states: Tensor, head: Head) -> Tensor:
@@ -226,7 +244,7 @@ class ExpTile(NamedTuple):
     label_columns: Tensor  # (K,) its column there
     label_logits: Tensor  # (K,)
     label_slope: Tensor | float  # (K,) the cap's derivative at the label
-    weighted: Tensor | None = None  # (R,) float64
+    others: tuple[Tensor | None, ...] = ()  # (R,) float64, those of Partials from `weighted` on
 
 
 def exp_tiles_torch(
@@ -241,19 +259,22 @@ def exp_tiles_torch(
     """Twin: hidden_states are the packed rows (R, H); slices of the vocabulary side by side in the workspace."""
     R, V = hidden_states.shape[0], head.weight.shape[0]
     tiles = []
-    label_logits = hidden_states.new_empty((R,))
     for start, stop in pairwise([0, *range(SPLIT_TORCH, V, SPLIT_TORCH), V]):  # an empty one where V = 0
         out = workspace[R * start : R * stop].view(R, stop - start)
         tiles.append(
             exp_tile_torch(hidden_states, head, rows.labels, start, stop, out, wanted=wanted, keeps_slope=keeps_slope)
         )
-        label_logits[tiles[-1].held] = tiles[-1].label_logits
-    return Partials(
-        torch.stack([tile.base for tile in tiles]),
-        torch.stack([tile.sums for tile in tiles]),
-        label_logits,
-        torch.stack([tile.weighted for tile in tiles if tile.weighted is not None]) if wanted.entropy else None,
-    ), tiles
+    return partials_of(tiles), tiles
+
+
+def partials_of(tiles: list[ExpTile]) -> Partials:
+    """Of the twin, whose slices are its splits."""
+    base, sums = (torch.stack(rows) for rows in zip(*((tile.base, tile.sums) for tile in tiles), strict=True))
+    label_logits = tiles[0].label_logits.new_empty(base.shape[1:])
+    for tile in tiles:
+        label_logits[tile.held] = tile.label_logits
+    others = zip(*(tile.others for tile in tiles), strict=True)
+    return Partials(base, sums, label_logits, *(None if rows[0] is None else torch.stack(rows) for rows in others))
 
 
 def exp_tile_torch(
@@ -270,6 +291,7 @@ def exp_tile_torch(
     """(R, H) rows, (R,) labels -> the slice's exponentials in out (R, stop - start)."""
     slope = logits_tile_torch(hidden_states, head, start, stop, out)
     columns = labels - start
+    of_logits = _of_logits(out, columns, wanted)
     held = ((columns >= 0) & (columns < stop - start)).nonzero().squeeze(1)
     columns = columns[held]
     label_logits = out[held, columns]
@@ -287,16 +309,38 @@ def exp_tile_torch(
             is_label = torch.arange(start, stop, device=out.device) == labels[absurd].unsqueeze(1)
             base[absurd], sums[absurd] = _exponentials(rows.masked_fill_(is_label, float("-inf")))
             out[absurd] = rows
-    weighted = _weighted(out) if wanted.entropy else None
+    of_exponentials = _of_exponentials(out, wanted)
     if slope is not None and keeps_slope:
         out.mul_(slope)
-    return ExpTile(start, stop, out, base, sums, held, columns, label_logits, label_slope, weighted)
+    others = (*of_exponentials, *of_logits)
+    return ExpTile(start, stop, out, base, sums, held, columns, label_logits, label_slope, others)
 
 
-def _weighted(tile: Tensor) -> Tensor:
-    """Exponentials e of z - base -> row sums of e log e, 0 log 0 being 0; a few rows at a time, for they are copied."""
-    tiny = torch.finfo(tile.dtype).tiny
-    return torch.cat([rows.clamp_min(tiny).log_().mul_(rows).sum(1).double() for rows in tile.split(_ROWS_AT_ONCE)])
+def _of_exponentials(tile: Tensor, wanted: Wanted) -> tuple[Tensor | None, Tensor | None]:
+    """Exponentials e of z - base -> row sums of e log e, 0 log 0 being 0, and of e ** 2."""
+    # A few rows at a time, for they are copied.
+    few = tile.split(_ROWS_AT_ONCE)
+    weighted = None
+    if wanted.entropy:
+        tiny = torch.finfo(tile.dtype).tiny
+        weighted = torch.cat([rows.clamp_min(tiny).log_().mul_(rows).sum(1).double() for rows in few])
+    squares = torch.cat([rows.square().sum(1).double() for rows in few]) if wanted.log_sum_sq_probs else None
+    return weighted, squares
+
+
+def _of_logits(tile: Tensor, label_columns: Tensor, wanted: Wanted) -> tuple[Tensor | None, ...]:
+    """z, and (R,) columns that may lie outside -> row sums, the largest before the label's column, the largest."""
+    logits = tile.sum(1).double() if wanted.mean_logits else None
+    if not wanted.is_top1:
+        return logits, None, None
+    width = tile.shape[1]
+    top = tile.amax(1)
+    before = top.masked_fill(label_columns < width, float("-inf"))
+    held = ((label_columns > 0) & (label_columns < width)).nonzero().squeeze(1)
+    for rows in held.split(_ROWS_AT_ONCE):
+        is_before = torch.arange(width, device=tile.device) < label_columns[rows].unsqueeze(1)
+        before[rows] = tile[rows].masked_fill_(~is_before, float("-inf")).amax(1)
+    return logits, before.double(), top.double()
 
 
 def _exponentials(tile: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,19 +6,19 @@ For each counted row and each split of the vocabulary, in float32, with the labe
     partial_sum[s, r]  = sum_{v in split s, v != label} exp(z[r, v] - partial_max[s, r])
     label_logits[r]    = z[r, label]
 
-Leaving the label out is what keeps a confident token exact: log p = -log(1 + exp(lse_others - z_label)) has full
-relative precision where z_label - lse has none. Every output is written once: no atomics, the same bits every run.
+and what else is wanted of the same logits (row_statistics). Leaving the label out keeps a confident token exact:
+log p = -log(1 + exp(lse_others - z_label)) has full relative precision where z_label - lse has none. No two programs
+write to one place: no atomics, the same bits every run.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from copg_kernels.kernels.blocks import GROUP_N
-from copg_kernels.kernels.exp_tile import exp_tile_torch
+from copg_kernels.kernels.exp_tile import exp_tile_torch, partials_of
 from copg_kernels.kernels.head import Head, head_logits, lowest_logit, tile_arguments
 from copg_kernels.kernels.language import LN_2, jit, tl, triton
 from copg_kernels.kernels.pack_rows import PackedRows
@@ -28,10 +28,16 @@ from copg_kernels.kernels.row_statistics import (
     NOTHING,
     Partials,
     Wanted,
+    empty_partials,
     exponentials,
     holds_label,
+    largest_before,
+    merge_squares,
     merge_statistics,
     merge_weighted,
+    read_back,
+    store_wanted,
+    sum_of_logits,
     take_out_label,
     tile_maximum,
     weighted_terms,
@@ -48,7 +54,10 @@ def _linear_logps_fwd_kernel(
     num_rows_ptr,  # (1,) int64
     partial_max_ptr,  # (S, R) float32, out
     partial_sum_ptr,  # (S, R) float32, out
-    partial_weighted_ptr,  # (S, R) float32, out, or None
+    partial_weighted_ptr,  # (S, R) float32, out, or None; like the next three
+    partial_squares_ptr,
+    partial_logits_ptr,
+    partial_before_ptr,
     label_logits_ptr,  # (R,) float32, out
     first_tile,
     R,
@@ -99,6 +108,18 @@ def _linear_logps_fwd_kernel(
         tile_max = tile_maximum(parts)
         lowest = lowest_logit(inv_softcap, inv_temperature, HAS_CAP)
         has_label = holds_label(label, tile * BLOCK_V, BLOCK_V)
+        # These wait for the next tile in memory: registers that live through the epilogue would be spilled.
+        offset = split.to(tl.int64) * R + offs_n
+        is_later = tile > begin + tl.zeros_like(offs_n)
+        if partial_before_ptr is not None:
+            before = largest_before(parts, tile_max, has_label, label, tile * BLOCK_V, BLOCK_V)
+            so_far = read_back(partial_before_ptr + offset, mask_n & is_later, LOWEST)
+            tl.store(partial_before_ptr + offset, tl.maximum(so_far, before), mask=mask_n)
+        if partial_logits_ptr is not None:
+            tile_logits = sum_of_logits(parts, tile * BLOCK_V, V, EVEN_V, BLOCK_V)
+            so_far = read_back(partial_logits_ptr + offset, mask_n & is_later, 0.0)
+            tl.store(partial_logits_ptr + offset, so_far + tile_logits, mask=mask_n)
+        tile_squares = tl.zeros((BLOCK_N,), dtype=tl.float32)
         sums = tl.zeros((BLOCK_N, BLOCK_V // 4), dtype=tl.float32)
         weighted = tl.zeros((BLOCK_N, BLOCK_V // 4), dtype=tl.float32)
         for part in tl.static_range(len(parts)):
@@ -109,20 +130,25 @@ def _linear_logps_fwd_kernel(
             sums += exps
             if partial_weighted_ptr is not None:
                 weighted += weighted_terms(exps, distance)
+            if partial_squares_ptr is not None:
+                tile_squares += tl.sum(exps * exps, 1)
         tile_sum = tl.sum(sums, 1)
         if partial_weighted_ptr is not None:
             tile_weighted = tl.sum(weighted, 1) * LN_2
             running_weighted = merge_weighted(
                 running_max, running_sum, running_weighted, tile_max, tile_sum, tile_weighted
             )
+        if partial_squares_ptr is not None:
+            so_far = read_back(partial_squares_ptr + offset, mask_n & is_later, 0.0)
+            squares = merge_squares(running_max, so_far, tile_max, tile_squares)
+            tl.store(partial_squares_ptr + offset, squares, mask=mask_n)
         running_max, running_sum = merge_statistics(running_max, running_sum, tile_max, tile_sum)
 
     # 3. One write per row and split; the label's logit by the split that holds it.
     offset = split.to(tl.int64) * R + offs_n
     tl.store(partial_max_ptr + offset, running_max, mask=mask_n)
     tl.store(partial_sum_ptr + offset, running_sum, mask=mask_n)
-    if partial_weighted_ptr is not None:
-        tl.store(partial_weighted_ptr + offset, running_weighted, mask=mask_n)
+    store_wanted(partial_weighted_ptr, offset, running_weighted, mask_n)
     is_here = (label >= begin * BLOCK_V) & (label < end * BLOCK_V)
     tl.store(label_logits_ptr + offs_n, label_logit, mask=mask_n & is_here)
 
@@ -130,7 +156,7 @@ def _linear_logps_fwd_kernel(
 def linear_logps_fwd(
     hidden_states: Tensor, head: Head, rows: PackedRows, width: int, *, wanted: Wanted = NOTHING
 ) -> Partials:
-    """Packed rows (R, H), head (V, H) -> partial statistics of every counted row, those of its entropy if asked for.
+    """Packed rows (R, H), head (V, H) -> partial statistics of every counted row, and those that `wanted` needs.
 
     The tile stays in registers, and its splits are the block table's: width is for the twin.
     """
@@ -138,13 +164,7 @@ def linear_logps_fwd(
     way = way_of(head.weight, "logps")
     blocks = blocks_of(head.weight, way)
     split_width = blocks.BLOCK_V * blocks.tiles_per_split
-    shape = (triton.cdiv(V, split_width), R)
-    partials = Partials(
-        hidden_states.new_empty(shape, dtype=torch.float32),
-        hidden_states.new_empty(shape, dtype=torch.float32),
-        hidden_states.new_empty((R,), dtype=torch.float32),
-        hidden_states.new_empty(shape, dtype=torch.float32) if wanted.entropy else None,
-    )
+    partials = empty_partials(triton.cdiv(V, split_width), R, hidden_states.device, wanted)
     if R == 0:
         return partials
     num_groups = triton.cdiv(R, blocks.BLOCK_N * GROUP_N)
@@ -155,6 +175,9 @@ def linear_logps_fwd(
             partial_max_ptr=partials.max,
             partial_sum_ptr=partials.sum,
             partial_weighted_ptr=partials.weighted,
+            partial_squares_ptr=partials.squares,
+            partial_logits_ptr=partials.logits,
+            partial_before_ptr=partials.before,
             label_logits_ptr=partials.label_logits,
             GROUP_N=GROUP_N,
             TILES_PER_SPLIT=blocks.tiles_per_split,
@@ -169,18 +192,9 @@ def linear_logps_fwd_torch(
     """Twin: hidden_states are the packed rows (R, H) in the accumulation dtype; a split is `width` entries."""
     R, V = hidden_states.shape[0], head.weight.shape[0]
     edges = [*range(0, V, width), V]
-    partials = Partials(
-        hidden_states.new_empty((len(edges) - 1, R), dtype=torch.float64),
-        hidden_states.new_empty((len(edges) - 1, R), dtype=torch.float64),
-        hidden_states.new_empty((R,)),
-        hidden_states.new_empty((len(edges) - 1, R), dtype=torch.float64) if wanted.entropy else None,
-    )
     workspace = hidden_states.new_empty((R * width,))
-    for split, (start, stop) in enumerate(pairwise(edges)):
-        out = workspace[: R * (stop - start)].view(R, stop - start)
-        tile = exp_tile_torch(hidden_states, head, rows.labels, start, stop, out, wanted=wanted)
-        partials.max[split], partials.sum[split] = tile.base, tile.sums
-        if partials.weighted is not None and tile.weighted is not None:
-            partials.weighted[split] = tile.weighted
-        partials.label_logits[tile.held] = tile.label_logits
-    return partials
+    tiles = []
+    for start, stop in pairwise(edges):
+        out = workspace[: R * (stop - start)].view(R, stop - start)  # over the one before, whose statistics are kept
+        tiles.append(exp_tile_torch(hidden_states, head, rows.labels, start, stop, out, wanted=wanted))
+    return partials_of(tiles)

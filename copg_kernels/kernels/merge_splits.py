@@ -33,7 +33,7 @@ def merge_splits(partial_max_ptr, partial_sum_ptr, label_logits_ptr, position, c
     z_label = tl.load(label_logits_ptr + position, mask=counted, other=0.0)
     # `total` is 0 for a vocabulary of one entry, z_label -inf for a label of probability 0: logp = 0 and -inf.
     difference = (top - z_label) + tl.log(total)
-    logp = -(tl.maximum(difference, 0.0) + _log1p(tl.exp(-tl.abs(difference))))
+    logp = -(tl.maximum(difference, 0.0) + log1p(tl.exp(-tl.abs(difference))))
     # top is the row's maximum, label included, so log_sum is small; the lines after keep what the sum rounds off.
     log_sum = tl.log(total + tl.exp(z_label - top))
     lse = top + log_sum
@@ -43,7 +43,7 @@ def merge_splits(partial_max_ptr, partial_sum_ptr, label_logits_ptr, position, c
 
 
 @jit
-def _log1p(x):
+def log1p(x):
     """log(1 + x) for 0 <= x <= 1: the quotient undoes the rounding of 1 + x, so that small x keep their digits."""
     rounded = 1.0 + x
     is_one = rounded == 1.0

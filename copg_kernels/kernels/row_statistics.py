@@ -2,7 +2,13 @@
 
     tile_max[r]      = max_v z[r, v]                 over the tile's columns
     tile_sum[r]      = sum_{v != label} exp(z[r, v] - tile_max[r])
-    tile_weighted[r] = sum_{v != label} exp(z[r, v] - tile_max[r]) (z[r, v] - tile_max[r])      where entropy is wanted
+
+and where they are wanted, see `Wanted`,
+
+    tile_weighted[r] = sum_{v != label} exp(z[r, v] - tile_max[r]) (z[r, v] - tile_max[r])      for entropy
+    tile_squares[r]  = sum_{v != label} exp(z[r, v] - tile_max[r]) ** 2                         for log_sum_sq_probs
+    tile_logits[r]   = sum_v z[r, v]                                                            for mean_logits
+    tile_before[r]   = max_{v < label} z[r, v]                                                  for is_top1
 
 The streaming forward pass and the pass that keeps its tile call the same functions in the same order, so that a
 log-probability has the same bits whichever schedule computed it.
@@ -34,12 +40,28 @@ NOTHING = Wanted()
 
 
 class Partials(NamedTuple):
-    """Row statistics per split of the vocabulary, rows in packed order; float32 (max and sum of the twin: float64)."""
+    """Row statistics per split of the vocabulary, rows in packed order; float32, of the twin float64 but for the label.
 
-    max: Tensor  # (S, R)
+    A split without an entry before the label has LOWEST or -inf as `before`.
+    """
+
+    max: Tensor  # (S, R); of the twin anything that is near, `top` is exact
     sum: Tensor  # (S, R)
     label_logits: Tensor  # (R,)
-    weighted: Tensor | None = None  # (S, R), for the entropy
+    weighted: Tensor | None = None  # (S, R), for entropy
+    squares: Tensor | None = None  # (S, R), for log_sum_sq_probs
+    logits: Tensor | None = None  # (S, R), for mean_logits
+    before: Tensor | None = None  # (S, R), for is_top1
+    top: Tensor | None = None  # (S, R), for is_top1: the largest logit, that of the label included
+
+
+def empty_partials(num_splits: int, num_rows: int, device: torch.device, wanted: Wanted) -> Partials:
+    """For the kernels to fill, in float32: their maximum is the largest logit itself."""
+    largest = torch.empty((num_splits, num_rows), dtype=torch.float32, device=device)
+    total, label_logits = torch.empty_like(largest), largest.new_empty((num_rows,))
+    weighted, squares, logits, before = (torch.empty_like(largest) if needed else None for needed in wanted)
+    top = largest if wanted.is_top1 else None
+    return Partials(largest, total, label_logits, weighted, squares, logits, before, top)
 
 
 def partials_of_no_entries(label_logits: Tensor, dtype: torch.dtype, wanted: Wanted) -> Partials:
@@ -51,12 +73,12 @@ def partials_of_no_entries(label_logits: Tensor, dtype: torch.dtype, wanted: Wan
 
 def joined_partials(parts: list[Partials]) -> Partials:
     """Of consecutive rows."""
-    maxima, sums, label_logits, weighted = zip(*parts, strict=True)
+    maxima, sums, label_logits, *others = zip(*parts, strict=True)
     return Partials(
         torch.cat(maxima, -1),
         torch.cat(sums, -1),
         torch.cat(label_logits),
-        None if weighted[0] is None else torch.cat(weighted, -1),
+        *(None if field[0] is None else torch.cat(field, -1) for field in others),
     )
 
 
@@ -116,3 +138,52 @@ def merge_weighted(running_max, running_sum, running_weighted, tile_max, tile_su
     new_max = tl.maximum(running_max, tile_max)
     running = (running_weighted + running_sum * (running_max - new_max)) * tl.exp(running_max - new_max)
     return running + (tile_weighted + tile_sum * (tile_max - new_max)) * tl.exp(tile_max - new_max)
+
+
+@jit
+def merge_squares(running_max, running_squares, tile_max, tile_squares):
+    """Sums of squared exponentials of two disjoint sets of columns -> that of both; before their maxima are merged."""
+    new_max = tl.maximum(running_max, tile_max)
+    running_scale, tile_scale = tl.exp(running_max - new_max), tl.exp(tile_max - new_max)
+    return running_squares * running_scale * running_scale + tile_squares * tile_scale * tile_scale
+
+
+@jit
+def sum_of_logits(parts, start_v, V, EVEN_V: tl.constexpr, BLOCK_V: tl.constexpr):
+    """z of a tile that starts at vocabulary entry start_v, in parts -> [BLOCK_N], the sum of those before V."""
+    STEP: tl.constexpr = BLOCK_V // 4
+    total = tl.zeros((parts[0].shape[0],), dtype=tl.float32)
+    for part in tl.static_range(len(parts)):
+        z = parts[part]
+        if not EVEN_V:
+            # Not in the words in which head_logits masks them: else the compiler keeps z as it was before that, too.
+            z = tl.where((start_v + part * STEP + tl.arange(0, STEP) < V)[None, :], z, 0.0)
+        total += tl.sum(z, 1)
+    return total
+
+
+@jit
+def largest_before(parts, tile_max, has_label, label, start_v, BLOCK_V: tl.constexpr):
+    """z of a tile, in parts -> [BLOCK_N], the largest before the row's label; LOWEST where there is none."""
+    # A tile is before the label, after it, or one of the few that `has_label` is about.
+    STEP: tl.constexpr = BLOCK_V // 4
+    largest = tl.where(label >= start_v + BLOCK_V, tile_max, LOWEST)
+    if has_label:
+        for part in tl.static_range(len(parts)):
+            is_before = tl.arange(0, STEP)[None, :] < (label - start_v - part * STEP)[:, None]
+            largest = tl.maximum(largest, tl.max(tl.where(is_before, parts[part], LOWEST), 1))
+    return largest
+
+
+@jit
+def store_wanted(out_ptr, offset, value, mask):
+    """[BLOCK_N] to where it is wanted: out_ptr is None where it is not."""
+    if out_ptr is not None:
+        tl.store(out_ptr + offset, value, mask=mask)
+
+
+@jit
+def read_back(pointers, mask, other):
+    """[BLOCK_N] numbers that this program has written there, `other` where the mask says that it has not."""
+    tl.debug_barrier()  # The thread that has written a number need not be the one that reads it.
+    return tl.load(pointers, mask=mask, other=other)

@@ -7,7 +7,8 @@ from torch import Tensor
 from copg_kernels.kernels.contrast import Completions, Contrast
 from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.pack_rows import PackedRows
-from copg_kernels.kernels.row_statistics import Wanted
+from copg_kernels.kernels.row_statistics import NOTHING, Wanted
+from copg_kernels.kernels.token_statistics import TokenStatistics, no_statistics
 from copg_kernels.schedules.tile_ops import counted_rows, tile_ops
 from copg_kernels.schedules.workspace import slice_width
 
@@ -20,17 +21,17 @@ def token_logps(
     ignore_index: int,
     workspace_bytes: int,
     backend: str,
-    entropy: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(T, H), (T,) -> per_token_logps (T,), lse (2, T), entropy (T,) or empty; 0 where ignored."""
+    wanted: Wanted = NOTHING,
+) -> tuple[Tensor, Tensor, TokenStatistics]:
+    """(T, H), (T,) -> per_token_logps (T,), lse (2, T), (T,) of each statistic that is wanted; 0 where ignored."""
     ops = tile_ops(backend)
     hidden_states, rows = counted_rows(hidden_states, labels, ignore_index, backend)
     width = forward_width(head, rows, workspace_bytes, backend)
-    partials = ops.linear_logps_fwd(hidden_states, head, rows, width, wanted=Wanted(entropy))
+    partials = ops.linear_logps_fwd(hidden_states, head, rows, width, wanted=wanted)
     per_token_logps, lse = ops.merge_splits_fwd(partials, rows)
-    if not entropy:
-        return per_token_logps, lse, lse.new_empty(0)
-    return per_token_logps, lse, ops.token_entropy_fwd(partials, rows, per_token_logps)
+    if not any(wanted):
+        return per_token_logps, lse, no_statistics(per_token_logps)
+    return per_token_logps, lse, ops.token_statistics_fwd(partials, rows, per_token_logps, head.weight.shape[0])
 
 
 def forward_width(head: Head, rows: PackedRows, workspace_bytes: int, backend: str) -> int:

@@ -20,7 +20,8 @@ from copg_kernels.kernels.contrast import Completions, Contrast
 from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.pack_rows import PackedRows
 from copg_kernels.kernels.row_slopes import slopes_of_both, slopes_of_logps
-from copg_kernels.kernels.row_statistics import Partials, Wanted, joined_partials
+from copg_kernels.kernels.row_statistics import NOTHING, Partials, Wanted, joined_partials
+from copg_kernels.kernels.token_statistics import TokenStatistics, no_statistics
 from copg_kernels.schedules.kept_tiles import write_hidden_product
 from copg_kernels.schedules.shards import Shards
 from copg_kernels.schedules.tile_ops import accumulation_dtype, counted_rows, kept_dtype, operand_dtype, tile_ops
@@ -35,7 +36,7 @@ class _Chunk(NamedTuple):
     rows: PackedRows
     per_token_logps: Tensor
     lse: Tensor
-    entropy: Tensor  # empty where it is not wanted
+    statistics: TokenStatistics
 
 
 def token_logps_and_slopes(
@@ -46,11 +47,11 @@ def token_logps_and_slopes(
     ignore_index: int,
     workspace_bytes: int,
     backend: str,
-    entropy: bool = False,
+    wanted: Wanted = NOTHING,
     of_entropy: bool = False,
     shards: Shards | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(T, H), (T,) -> per_token_logps (T,), lse (2, T), u (T, H) in `kept_dtype`, entropy; 0 where ignored.
+) -> tuple[Tensor, Tensor, Tensor, TokenStatistics]:
+    """(T, H), (T,) -> per_token_logps (T,), lse (2, T), u (T, H) in `kept_dtype`, what is wanted; 0 where ignored.
 
     u is the log-probability's derivative, or with of_entropy the entropy's.
     """
@@ -58,12 +59,14 @@ def token_logps_and_slopes(
     per_token_logps = hidden_states.new_empty((num_tokens,), dtype=dtype)
     lse = hidden_states.new_empty((2, num_tokens), dtype=dtype)
     u = _empty_slopes(hidden_states, shards)
-    entropies = [lse.new_empty(0)]
-    options: dict[str, Any] = dict(entropy=entropy or of_entropy, of_entropy=of_entropy, shards=shards)
+    statistics = [no_statistics(per_token_logps)]
+    wanted = wanted._replace(entropy=wanted.entropy or of_entropy)
+    options: dict[str, Any] = dict(wanted=wanted, of_entropy=of_entropy, shards=shards)
     for chunk in _chunks(hidden_states, head, labels, u, ignore_index, workspace_bytes, backend, **options):
         per_token_logps[chunk.tokens], lse[:, chunk.tokens] = chunk.per_token_logps, chunk.lse
-        entropies.append(chunk.entropy)
-    return per_token_logps, lse, _complete(u, hidden_states, shards), torch.cat(entropies)
+        statistics.append(chunk.statistics)
+    u = _complete(u, hidden_states, shards)
+    return per_token_logps, lse, u, TokenStatistics(*map(torch.cat, zip(*statistics, strict=True)))
 
 
 def copg(
@@ -81,7 +84,7 @@ def copg(
     """Contrast of groups that may lie in many chunks, and u (T, H), which the coefficients then scale."""
     u = _empty_slopes(hidden_states, shards)
     partials, rows = [], []
-    options: dict[str, Any] = dict(entropy=entropy, shards=shards)
+    options: dict[str, Any] = dict(wanted=Wanted(entropy), shards=shards)
     for chunk in _chunks(hidden_states, head, labels, u, ignore_index, workspace_bytes, backend, **options):
         partials.append(chunk.partials)
         rows.append(chunk.rows)
@@ -109,7 +112,7 @@ def _chunks(
     workspace_bytes: int,
     backend: str,
     *,
-    entropy: bool,
+    wanted: Wanted,
     shards: Shards | None,
     of_entropy: bool = False,
 ) -> Iterator[_Chunk]:
@@ -122,23 +125,23 @@ def _chunks(
     for start in range(0, labels.numel(), max_tokens):
         tokens = slice(start, start + max_tokens)
         packed, rows = counted_rows(hidden_states[tokens], labels[tokens], ignore_index, backend)
-        partials, tiles = ops.exp_tiles(
-            packed, head, rows, workspace, wanted=Wanted(entropy), keeps_slope=not of_entropy
-        )
+        partials, tiles = ops.exp_tiles(packed, head, rows, workspace, wanted=wanted, keeps_slope=not of_entropy)
         if shards is not None:
             partials = shards.merged(partials, rows)
         per_token_logps, lse = ops.merge_splits_fwd(partials, rows)
-        token_entropy = ops.token_entropy_fwd(partials, rows, per_token_logps) if entropy else lse.new_empty(0)
+        statistics = no_statistics(per_token_logps)
+        if any(wanted):
+            statistics = ops.token_statistics_fwd(partials, rows, per_token_logps, V)
         scale = (labels[tokens] != ignore_index).to(lse.dtype) * -head.slope
         if of_entropy:
             ones = torch.ones_like(per_token_logps)
-            units, slopes = slopes_of_both(None, ones, per_token_logps, token_entropy, lse)
+            units, slopes = slopes_of_both(None, ones, per_token_logps, statistics.entropy, lse)
             scale *= units
         else:
             slopes = slopes_of_logps(per_token_logps)
         slices = ops.place_labels(tiles, packed, head, rows, slopes, lse)
         write_hidden_product(slices, head, rows, scale, u[tokens], backend)
-        yield _Chunk(tokens, partials, rows, per_token_logps, lse, token_entropy)
+        yield _Chunk(tokens, partials, rows, per_token_logps, lse, statistics)
 
 
 def joined_rows(chunks: list[PackedRows]) -> PackedRows:

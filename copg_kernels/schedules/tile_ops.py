@@ -17,7 +17,7 @@ from copg_kernels.kernels.pack_rows import PackedRows, pack_rows
 from copg_kernels.kernels.place_labels import place_labels, place_labels_torch
 from copg_kernels.kernels.scale_rows import scale_packed, scale_packed_torch, scale_rows, scale_rows_torch
 from copg_kernels.kernels.softmax_minus_label import softmax_minus_label, softmax_minus_label_torch
-from copg_kernels.kernels.token_entropy import token_entropy_fwd, token_entropy_fwd_torch
+from copg_kernels.kernels.token_statistics import token_statistics_fwd, token_statistics_fwd_torch
 
 
 class TileOps(NamedTuple):
@@ -25,7 +25,7 @@ class TileOps(NamedTuple):
 
     linear_logps_fwd: Callable
     merge_splits_fwd: Callable
-    token_entropy_fwd: Callable
+    token_statistics_fwd: Callable
     contrast_fwd: Callable
     exp_tiles: Callable
     place_labels: Callable
@@ -37,7 +37,7 @@ class TileOps(NamedTuple):
 _TRITON = TileOps(
     linear_logps_fwd,
     merge_splits_fwd,
-    token_entropy_fwd,
+    token_statistics_fwd,
     contrast_fwd,
     exp_tiles,
     place_labels,
@@ -48,7 +48,7 @@ _TRITON = TileOps(
 _TORCH = TileOps(
     linear_logps_fwd_torch,
     merge_splits_fwd_torch,
-    token_entropy_fwd_torch,
+    token_statistics_fwd_torch,
     contrast_fwd_torch,
     exp_tiles_torch,
     place_labels_torch,

@@ -41,7 +41,7 @@ def token_logps(
     per_token_logps, lse = ops.merge_splits_fwd(partials, rows)
     if not entropy:
         return per_token_logps, lse, lse.new_empty(0)
-    return per_token_logps, lse, ops.token_entropy_fwd(partials, rows, per_token_logps)
+    return per_token_logps, lse, ops.token_statistics_fwd(partials, rows, per_token_logps).entropy
 
 
 def copg(
