@@ -6,7 +6,7 @@ tensors are: on a CPU as a ValueError, on a GPU as a device assertion, which cos
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -155,6 +155,15 @@ def check_entropy_coef(entropy_coef: float, sparse_eps: float | None) -> None:
         raise ValueError(f"entropy_coef must be a finite number, got {entropy_coef!r}")
     if entropy_coef and sparse_eps is not None:
         raise ValueError(f"entropy_coef needs sparse_eps = None, got {sparse_eps}")
+
+
+def check_outputs(outputs: Sequence[str], known: Sequence[str]) -> None:
+    """Names, each of them known."""
+    if isinstance(outputs, str) or not isinstance(outputs, Sequence):
+        raise TypeError(f"outputs must be a sequence of names, got {outputs!r}")
+    for name in outputs:
+        if name not in known:
+            raise ValueError(f"outputs must be of {', '.join(known)}, got {name!r}")
 
 
 def check_expected_gradients(expected_gradients: str) -> None:

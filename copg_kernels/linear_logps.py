@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from torch import Tensor
 
 from copg_kernels import checks
 from copg_kernels.kernels.head import Head
+from copg_kernels.kernels.row_statistics import NOTHING, Wanted
 from copg_kernels.ops import linear_logps_op
 from copg_kernels.schedules.tile_ops import can_keep_tiles
 from copg_kernels.sparse_logps import sparse_logps, with_sparsity
@@ -80,7 +84,7 @@ def linear_logps(
     checks.check_ignore_index(ignore_index)
     backend, workspace = _checked(hidden_states, head, labels, sparse_eps, workspace_bytes, backend)
     if sparse_eps is None or not any(_trains(hidden_states, head)) or not labels.numel():
-        return _exact(hidden_states, head, labels, ignore_index, workspace, backend, slopes="logps", entropy=False)[0]
+        return _exact(hidden_states, head, labels, ignore_index, workspace, backend, "logps", NOTHING)[0]
     if checks.is_transformed(hidden_states):
         raise NotImplementedError("sparse_eps must be None under torch.func.vmap")
     tokens = (hidden_states.reshape(-1, hidden_states.shape[-1]), labels.reshape(-1))
@@ -128,12 +132,80 @@ def linear_logps_and_entropy(
     Raises:
         TypeError, ValueError, NotImplementedError: as `linear_logps`; expected_gradients is none of the three.
     """
+    per_token_logps, entropy, *_ = linear_token_statistics(
+        hidden_states,
+        lm_head_weight,
+        labels,
+        bias=bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        expected_gradients=expected_gradients,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+    )
+    assert entropy is not None
+    return per_token_logps, entropy
+
+
+class LinearTokenStatistics(NamedTuple):
+    """What `linear_token_statistics` returns: (...,) each, None where not asked for."""
+
+    per_token_logps: Tensor
+    entropy: Tensor | None
+    log_sum_sq_probs: Tensor | None
+    mean_logits: Tensor | None
+    is_top1: Tensor | None
+
+
+def linear_token_statistics(
+    hidden_states: Tensor,
+    lm_head_weight: Tensor,
+    labels: Tensor,
+    *,
+    outputs: Sequence[str] = ("entropy",),
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    expected_gradients: str = "both",
+    workspace_bytes: int | None = None,
+    backend: str = "auto",
+) -> LinearTokenStatistics:
+    """`linear_logps`, and further numbers of each row's softmax from the same pass over the logits, at no extra GEMM.
+
+        entropy[t]          = -sum_v P[t, v] log P[t, v],    P = softmax(logits)
+        log_sum_sq_probs[t] = log sum_v P[t, v]^2
+        mean_logits[t]      = sum_v logits[t, v] / V
+        is_top1[t]          = whether labels[t] = argmax_v logits[t, v], the first index where several are largest
+
+    All are 0, or False, where labels[t] = ignore_index. The log-probabilities have the bits of `linear_logps`. They and
+    the entropy are differentiable, as in `linear_logps_and_entropy`; the others carry no gradient.
+
+    Args:
+        outputs: names of those that are wanted, of "entropy", "log_sum_sq_probs", "mean_logits", "is_top1".
+        The others: as in `linear_logps_and_entropy`.
+
+    Returns:
+        per_token_logps, entropy, log_sum_sq_probs, mean_logits: (...,) float32 (float64 for float64 operands); is_top1:
+        (...,) bool. None where not asked for.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `linear_logps_and_entropy`; a name in outputs that is none of the
+        four.
+    """
     head = Head(lm_head_weight, bias, logit_scale, softcap, temperature)
     checks.check_ignore_index(ignore_index)
+    checks.check_outputs(outputs, Wanted._fields)
     checks.check_expected_gradients(expected_gradients)
     backend, workspace = _checked(hidden_states, head, labels, None, workspace_bytes, backend)
-    slopes = "none" if expected_gradients == "both" else expected_gradients
-    return _exact(hidden_states, head, labels, ignore_index, workspace, backend, slopes=slopes, entropy=True)
+    wanted = Wanted(*(name in outputs for name in Wanted._fields))
+    # Without an entropy no gradient of it arrives.
+    expected = expected_gradients if wanted.entropy else "logps"
+    slopes = "none" if expected == "both" else expected
+    return _exact(hidden_states, head, labels, ignore_index, workspace, backend, slopes, wanted)
 
 
 def _checked(
@@ -164,19 +236,18 @@ def _exact(
     ignore_index: int,
     workspace_bytes: int,
     backend: str,
-    *,
     slopes: str,
-    entropy: bool,
-) -> tuple[Tensor, Tensor]:
+    wanted: Wanted,
+) -> LinearTokenStatistics:
     """slopes: whose derivative is formed along with the log-probabilities where the head is frozen; "none"."""
     frozen_head = _trains(hidden_states, head) == [True, False, False]
-    per_token_logps, _, _, token_entropy = linear_logps_op(
+    per_token_logps, _, _, *statistics = linear_logps_op(
         hidden_states.reshape(-1, hidden_states.shape[-1]),
         head.weight,
         labels.reshape(-1),
         head.bias,
         slopes if frozen_head and can_keep_tiles(hidden_states.dtype, backend) else "none",
-        entropy,
+        list(wanted),
         float(head.logit_scale),
         None if head.softcap is None else float(head.softcap),
         float(head.temperature),
@@ -184,4 +255,5 @@ def _exact(
         workspace_bytes,
         backend,
     )
-    return per_token_logps.view(labels.shape), token_entropy.view(labels.shape) if entropy else token_entropy
+    shaped = (x.view(labels.shape) if want else None for x, want in zip(statistics, wanted, strict=True))
+    return LinearTokenStatistics(per_token_logps.view(labels.shape), *shaped)

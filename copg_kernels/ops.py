@@ -15,6 +15,7 @@ from copg_kernels.kernels.head import Head
 from copg_kernels.kernels.matmul import sums_in_full
 from copg_kernels.kernels.row_statistics import Wanted
 from copg_kernels.kernels.scale_gradient import scale_gradient_
+from copg_kernels.kernels.token_statistics import no_statistics
 from copg_kernels.schedules import closed_groups, forward, recompute
 from copg_kernels.schedules import frozen_head as frozen
 from copg_kernels.schedules.chunks import Batch
@@ -28,18 +29,18 @@ def linear_logps_op(
     labels: Tensor,
     bias: Tensor | None,
     slopes: str,
-    entropy: bool,
+    wanted: list[bool],
     logit_scale: float,
     softcap: float | None,
     temperature: float,
     ignore_index: int,
     workspace_bytes: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(T, H), (V, H), (T,) -> per_token_logps (T,), lse (2, T), u (T, H), entropy (T,).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(T, H), (V, H), (T,) -> per_token_logps (T,), lse (2, T), u (T, H), (T,) each of TokenStatistics.
 
-    slopes, where the head is frozen: u is the derivative by the hidden states of "logps" or of "entropy"; "none". The
-    last two outputs are empty where not asked for.
+    slopes, where the head is frozen: u is the derivative by the hidden states of "logps" or of "entropy"; "none".
+    wanted: which of the statistics. u and they are empty where not asked for.
     """
     checks.require_labels(labels, lm_head_weight.shape[0], ignore_index)
     head = plain_head(lm_head_weight, bias, logit_scale, softcap, temperature)
@@ -53,10 +54,10 @@ def linear_logps_op(
                 ignore_index=ignore_index,
                 workspace_bytes=workspace_bytes,
                 backend=backend,
-                wanted=Wanted(entropy),
+                wanted=Wanted(*wanted),
                 of_entropy=slopes == "entropy",
             )
-            return per_token_logps, lse, u, statistics.entropy
+            return per_token_logps, lse, u, *statistics
         per_token_logps, lse, statistics = forward.token_logps(
             hidden_states,
             head,
@@ -64,20 +65,21 @@ def linear_logps_op(
             ignore_index=ignore_index,
             workspace_bytes=workspace_bytes,
             backend=backend,
-            wanted=Wanted(entropy),
+            wanted=Wanted(*wanted),
         )
-    return per_token_logps, lse, lse.new_empty(0), statistics.entropy
+    return per_token_logps, lse, lse.new_empty(0), *statistics
 
 
 @linear_logps_op.register_fake
-def _(hidden_states, lm_head_weight, labels, bias, slopes, entropy, *options):
+def _(hidden_states, lm_head_weight, labels, bias, slopes, wanted, *options):
     per_token_logps, lse = _token_outputs(hidden_states)
-    token_entropy = torch.empty_like(per_token_logps) if entropy else lse.new_empty(0)
+    nothing = no_statistics(per_token_logps)
+    statistics = (x.new_empty(labels.shape) if want else x for x, want in zip(nothing, wanted, strict=True))
     if slopes != "none":
         kept = kept_dtype(hidden_states.dtype)
         u = torch.empty_like(hidden_states, dtype=kept, memory_format=torch.contiguous_format)
-        return per_token_logps, lse, u, token_entropy
-    return per_token_logps, lse, lse.new_empty(0), token_entropy
+        return per_token_logps, lse, u, *statistics
+    return per_token_logps, lse, lse.new_empty(0), *statistics
 
 
 @torch.library.custom_op("copg_kernels::linear_logps_bwd", mutates_args=())
@@ -127,9 +129,9 @@ def _(dlogps, dentropy, hidden_states, lm_head_weight, labels, bias, per_token_l
 
 
 def _linear_logps_setup(ctx, inputs, output):
-    hidden_states, lm_head_weight, labels, bias, ctx.slopes, has_entropy, *ctx.options = inputs
-    per_token_logps, lse, u, entropy = output
-    ctx.mark_non_differentiable(lse, u, *([] if has_entropy else [entropy]))
+    hidden_states, lm_head_weight, labels, bias, ctx.slopes, (has_entropy, *_), *ctx.options = inputs
+    per_token_logps, lse, u, entropy, *others = output
+    ctx.mark_non_differentiable(lse, u, *([] if has_entropy else [entropy]), *others)
     # Otherwise the backward pass is given zeros of the size of every other output.
     ctx.set_materialize_grads(False)
     ctx.dtype = hidden_states.dtype
@@ -139,7 +141,7 @@ def _linear_logps_setup(ctx, inputs, output):
         ctx.save_for_backward(labels, u)
 
 
-def _linear_logps_backward(ctx, dlogps, _, __, dentropy):
+def _linear_logps_backward(ctx, dlogps, _, __, dentropy, *___):
     refuse_second_derivative()
     dhidden = dweight = dbias = None
     known = {"logps": (dlogps, dentropy), "entropy": (dentropy, dlogps), "none": (None, True)}

@@ -82,7 +82,8 @@ def test_log_probs(launches, frozen_head):
     options = (0.9, 8.0, 1.25, -100, 2**20, "triton")
     with FakeTensorMode():
         inputs = operands()
-        logps, lse, _, entropy = linear_logps_op._init_fn(*inputs, "entropy" if frozen_head else "none", True, *options)
+        slopes, wanted = "entropy" if frozen_head else "none", [True] * 4
+        logps, lse, _, entropy, *_ = linear_logps_op._init_fn(*inputs, slopes, wanted, *options)
         linear_logps_bwd_op._init_fn(logps, entropy, *inputs, logps, lse, entropy, [True, True, True], *options)
     assert "_token_statistics_kernel" in launches and "_softmax_minus_label_kernel" in launches
 

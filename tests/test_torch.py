@@ -46,14 +46,14 @@ def completions() -> tuple:
 )
 def test_opcheck(with_bias, backend):
     head = (0.9, 8.0, 1.25, -100, 2**20, backend)
-    torch.library.opcheck(linear_logps_op, (*operands(with_bias), "none", with_bias, *head))
+    torch.library.opcheck(linear_logps_op, (*operands(with_bias), "none", [with_bias] * 4, *head))
     fused_head = (0.9, 8.0, 1.25, -100, None, 2**20, backend)
     needs = [True, True, with_bias]
     # opcheck differentiates the absolute value: of a negative loss the gradients would be scaled in place.
     arguments = (*operands(with_bias), *completions(), [], 0.3, True, needs, False, -0.2 * with_bias, *fused_head)
     torch.library.opcheck(linear_copg_op, arguments)
     hidden_states, weight, labels, bias = (None if x is None else x.detach() for x in operands(with_bias))
-    logps, lse, _, entropy = linear_logps_op(hidden_states, weight, labels, bias, "none", with_bias, *head)
+    logps, lse, _, entropy, *_ = linear_logps_op(hidden_states, weight, labels, bias, "none", [with_bias] * 4, *head)
     upstream = torch.randn(2, T, device=DEVICE) if with_bias else (torch.randn(T, device=DEVICE), None)
     arguments = (*upstream, hidden_states, weight, labels, bias, logps, lse, entropy, needs, *head)
     torch.library.opcheck(linear_logps_bwd_op, arguments)
@@ -63,7 +63,7 @@ def test_opcheck(with_bias, backend):
 def test_opcheck_of_a_frozen_head(slopes, entropy, backend):
     hidden_states, weight, labels, bias = operands()
     frozen = (hidden_states, weight.detach(), labels, bias.detach())
-    torch.library.opcheck(linear_logps_op, (*frozen, slopes, entropy, 0.9, 8.0, 1.25, -100, 2**20, backend))
+    torch.library.opcheck(linear_logps_op, (*frozen, slopes, [entropy] * 4, 0.9, 8.0, 1.25, -100, 2**20, backend))
 
 
 def programs(backend: str) -> dict:

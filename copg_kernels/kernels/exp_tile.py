@@ -40,6 +40,7 @@ from copg_kernels.kernels.row_statistics import (
     NOTHING,
     Partials,
     Wanted,
+    computed,
     empty_partials,
     exponentials,
     holds_label,
@@ -196,7 +197,7 @@ def exp_tiles(
     way = way_of(head.weight, "loss")
     blocks = blocks_of(head.weight, way)
     stride_tile = row_stride(V)
-    tiles = empty_partials(triton.cdiv(V, blocks.BLOCK_V), R, hidden_states.device, wanted)
+    tiles = empty_partials(triton.cdiv(V, blocks.BLOCK_V), R, hidden_states.device, computed(wanted))
     kept = ScaledTile(
         workspace[: R * stride_tile].view(R, stride_tile)[:, :V],
         _reference_logits(hidden_states, head),
@@ -221,7 +222,7 @@ def exp_tiles(
                 **out_arguments(padded(kept.tile), blocks),
                 **tile_arguments(hidden_states, head, blocks, start, product),
             )
-    return fold_tiles(tiles, blocks.tiles_per_split, wanted), kept
+    return fold_tiles(tiles.only(wanted), blocks.tiles_per_split, wanted), kept
 
 
 def _reference_logits(hidden_states: Tensor, head: Head) -> Tensor:

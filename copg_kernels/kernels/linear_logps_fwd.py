@@ -28,6 +28,7 @@ from copg_kernels.kernels.row_statistics import (
     NOTHING,
     Partials,
     Wanted,
+    computed,
     empty_partials,
     exponentials,
     holds_label,
@@ -164,9 +165,9 @@ def linear_logps_fwd(
     way = way_of(head.weight, "logps")
     blocks = blocks_of(head.weight, way)
     split_width = blocks.BLOCK_V * blocks.tiles_per_split
-    partials = empty_partials(triton.cdiv(V, split_width), R, hidden_states.device, wanted)
+    partials = empty_partials(triton.cdiv(V, split_width), R, hidden_states.device, computed(wanted))
     if R == 0:
-        return partials
+        return partials.only(wanted)
     num_groups = triton.cdiv(R, blocks.BLOCK_N * GROUP_N)
     for start, stop, product in products(hidden_states, head.weight, 0, V, blocks, way):
         _linear_logps_fwd_kernel[(GROUP_N * triton.cdiv(stop - start, split_width), num_groups)](
@@ -183,7 +184,7 @@ def linear_logps_fwd(
             TILES_PER_SPLIT=blocks.tiles_per_split,
             **tile_arguments(hidden_states, head, blocks, start, product),
         )
-    return partials
+    return partials.only(wanted)
 
 
 def linear_logps_fwd_torch(

@@ -39,6 +39,14 @@ class Wanted(NamedTuple):
 NOTHING = Wanted()
 
 
+def computed(wanted: Wanted) -> Wanted:
+    """What the head's kernels compute for it: all four where one of the last three is asked for.
+
+    That makes one form more to keep clear of spills and not fourteen, of which each has its own register allocation.
+    """
+    return Wanted(True, True, True, True) if any(wanted[1:]) else wanted
+
+
 class Partials(NamedTuple):
     """Row statistics per split of the vocabulary, rows in packed order; float32, of the twin float64 but for the label.
 
@@ -53,6 +61,16 @@ class Partials(NamedTuple):
     logits: Tensor | None = None  # (S, R), for mean_logits
     before: Tensor | None = None  # (S, R), for is_top1
     top: Tensor | None = None  # (S, R), for is_top1: the largest logit, that of the label included
+
+    def only(self, wanted: Wanted) -> Partials:
+        """Without what is not asked for."""
+        return self._replace(
+            weighted=self.weighted if wanted.entropy else None,
+            squares=self.squares if wanted.log_sum_sq_probs else None,
+            logits=self.logits if wanted.mean_logits else None,
+            before=self.before if wanted.is_top1 else None,
+            top=self.top if wanted.is_top1 else None,
+        )
 
 
 def empty_partials(num_splits: int, num_rows: int, device: torch.device, wanted: Wanted) -> Partials:
