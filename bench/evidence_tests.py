@@ -23,6 +23,7 @@ FILES = (
     "tests/test_scale_gradient.py",
     "tests/test_sparse_kernels.py",
     "tests/test_entropy.py",
+    "tests/test_token_statistics.py",
     "tests/test_entropy_gradient.py",
     "tests/test_scales.py",
     "tests/test_layouts.py",
