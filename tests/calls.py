@@ -15,16 +15,19 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from copg_kernels import linear_copg_loss, linear_logps, linear_logps_and_entropy
+from copg_kernels import linear_copg_loss, linear_logps, linear_logps_and_entropy, linear_token_statistics
 from copg_kernels.kernels import product_slices
+from copg_kernels.kernels.head import Head, finish_torch
 from copg_kernels.reference import copg_loss_ref, linear_entropy_ref, linear_logps_ref, sequence_logps_ref
 from copg_kernels.schedules import compact_tiles
 from copg_kernels.schedules.workspace import kept_bytes_per_token, least_workspace_bytes
 from copg_kernels.tuned import Settings, trying
 
-OPERATORS = ("logps", "frozen", "entropy", "copg", "average", "bonus")
+OPERATORS = ("logps", "frozen", "entropy", "statistics", "frozen statistics", "copg", "average", "bonus")
 OPERATORS += ("sparse logps", "sparse copg", "overflow", "chunks")
 ENTROPY_COEF = 0.7
+STATISTICS = ("log_sum_sq_probs", "mean_logits", "is_top1")
+PLAIN_HEAD: dict[str, Any] = dict(logit_scale=1.0, softcap=None, temperature=1.0)
 # Tokens, vocabulary, hidden size: primes, one, multiples of the interpreter's blocks of 16, 32 and 32, one more, and a
 # hidden size that is only a multiple of 16.
 PRIME, ONE, MULTIPLE, ONE_MORE, ALIGNED = (19, 67, 31), (2, 1, 1), (16, 64, 32), (17, 65, 33), (17, 33, 48)
@@ -102,7 +105,7 @@ def completions(call: Call, device: torch.device) -> dict[str, Any]:
 def run(call: Call, inputs: dict[str, Tensor], batch: dict[str, Any], backend: str) -> Outcome:
     """Forward and backward pass of the call."""
     options = {name: value for name, value in call.options.items() if name != "bias"} | dict(backend=backend)
-    trained = ["hidden_states"] if call.operator == "frozen" else [name for name in inputs if name != "labels"]
+    trained = ["hidden_states"] if _is_frozen(call) else [name for name in inputs if name != "labels"]
     leaves = {name: inputs[name].detach().requires_grad_() for name in trained}
     operands = inputs | leaves
     if "loss" in _values_of(call):
@@ -117,6 +120,11 @@ def run(call: Call, inputs: dict[str, Tensor], batch: dict[str, Any], backend: s
     elif call.operator == "entropy":
         values = dict(zip(("logps", "entropy"), linear_logps_and_entropy(**operands, **options), strict=True))
         scalar = upstream(values["logps"]) + upstream(values["entropy"].flip(0))
+    elif call.operator.endswith("statistics"):
+        names = dict(outputs=STATISTICS, expected_gradients="logps")
+        logps, _, *statistics = linear_token_statistics(**operands, **options, **names)
+        values = dict(zip(("logps", *STATISTICS), (logps, *(x.to(logps.dtype) for x in statistics)), strict=True))
+        scalar = upstream(logps)
     else:
         values = dict(logps=linear_logps(**operands, **options | sparse(call)))
         scalar = upstream(values["logps"])
@@ -169,14 +177,35 @@ def reference(call: Call, inputs: dict[str, Tensor], batch: dict[str, Any], dtyp
         values, scalar = dict(logps=logps), upstream(logps)
     if "entropy" in _values_of(call):
         values["entropy"] = linear_entropy_ref(**leaves, labels=inputs["labels"], **options)
+    if call.operator.endswith("statistics"):
+        values |= _statistics(leaves, inputs["labels"], **options)
     if call.operator == "entropy":
         scalar = scalar + upstream(values["entropy"].flip(0))
     if call.operator == "bonus":
         scalar = scalar - ENTROPY_COEF * values["entropy"].sum() / (inputs["labels"] != -100).sum()
         values["loss"] = scalar
-    trained = ["hidden_states"] if call.operator == "frozen" else list(leaves)
+    trained = ["hidden_states"] if _is_frozen(call) else list(leaves)
     gradients = torch.autograd.grad(scalar, [leaves[name] for name in trained])
     return Outcome({n: x.detach() for n, x in values.items()}, dict(zip(trained, gradients, strict=True)))
+
+
+def _statistics(leaves: dict[str, Tensor], labels: Tensor, **options: Any) -> dict[str, Tensor]:
+    """From all logits: log-probabilities of every entry as if it were the label, and the mean logit of the head."""
+    V = leaves["lm_head_weight"].shape[0]
+    rows = leaves | dict(hidden_states=leaves["hidden_states"].unsqueeze(1).expand(-1, V, -1))
+    log_p = linear_logps_ref(**rows, labels=torch.arange(V, device=labels.device).expand(len(labels), V), **options)
+    head = Head(leaves["lm_head_weight"], None, *(options.get(name, value) for name, value in PLAIN_HEAD.items()))
+    logits = finish_torch(torch.nn.functional.linear(leaves["hidden_states"], head.weight, leaves.get("bias")), head)
+    values = dict(
+        log_sum_sq_probs=(2 * log_p).logsumexp(1),
+        mean_logits=logits.mean(1),
+        is_top1=(log_p.argmax(1) == labels).to(log_p.dtype),
+    )
+    return {name: value.where(labels != -100, 0.0) for name, value in values.items()}
+
+
+def _is_frozen(call: Call) -> bool:
+    return call.operator.startswith("frozen")
 
 
 def _values_of(call: Call) -> tuple[str, ...]:

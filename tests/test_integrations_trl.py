@@ -118,8 +118,8 @@ def test_gradients_through_log_probs_and_entropy_add_up(case):
         assert_close(name, actual[name], in_float32, gold[name])
 
 
-def test_entropy_costs_nothing_until_a_gradient_arrives():
-    """No product outside of our own operators, whose own work tests/test_entropy.py counts; then TRL's four."""
+def test_no_product_outside_of_our_operators():
+    """Their own work tests/test_entropy.py counts."""
     values = operands()
     arguments = (*values.values(), 0.7, 16, None, 1.0, ("entropy",))
     with MatmulFlops() as counter:
@@ -131,19 +131,19 @@ def test_entropy_costs_nothing_until_a_gradient_arrives():
     )
     with MatmulFlops() as counter:
         gradients(values, entropy)
-    assert counter.flops == 4 * (2 * N * V * H)
+    assert counter.flops == 0
     with torch.no_grad():
         assert not ChunkedLogProbFunction.apply(*arguments)[1].requires_grad
 
 
 def test_gradient_of_entropy_in_the_dtype_of_the_product():
-    """That of TRL's function on the operands as they were multiplied, wherever the backward pass runs."""
+    """That of the operands as they were multiplied, wherever the backward pass runs."""
     values = operands(bias=True)
     with torch.autocast("cpu", torch.bfloat16):
         _, entropy, *_ = ChunkedLogProbFunction.apply(*values.values(), 0.7, 16, 5.0, 0.5, ("entropy",))
         actual = gradients(values, entropy)
     rounded = upcast(values, torch.bfloat16)
-    _, expected_entropy, *_ = fused._TRL_FUNCTION.apply(*rounded.values(), 0.7, 16, 5.0, 0.5)
+    _, expected_entropy, *_ = ChunkedLogProbFunction.apply(*rounded.values(), 0.7, 16, 5.0, 0.5)
     for name, expected in gradients(rounded, expected_entropy).items():
         assert actual[name].dtype == torch.float32
         assert torch.equal(actual[name], expected.float())
@@ -156,16 +156,43 @@ def test_second_derivative_of_entropy_is_refused():
         torch.autograd.grad(entropy.sum(), values["hidden"], create_graph=True)
 
 
+def test_trls_function_is_never_called(monkeypatch):
+    """Not for an output, and not for a gradient."""
+
+    def never(*args):
+        raise AssertionError("TRL's function was called")
+
+    monkeypatch.setattr(fused._TRL_FUNCTION, "apply", never)
+    values = operands(bias=True)
+    outputs = ChunkedLogProbFunction.apply(*values.values(), 0.7, 16, 5.0, 0.5)
+    assert all(output is not None for output in outputs) and gradients(values, *outputs[:2])
+
+
+def test_what_install_is_told_of_gradients(monkeypatch):
+    told = []
+    ours = fused.linear_token_statistics
+    monkeypatch.setattr(
+        fused, "linear_token_statistics", lambda *args, **kw: told.append(kw["expected_gradients"]) or ours(*args, **kw)
+    )
+    for expected in ("logps", "both"):
+        with fused.install(expected_gradients=expected):
+            ChunkedLogProbFunction.apply(*operands().values(), 1.0, 16)
+    assert told == ["logps", "both"]
+    with pytest.raises(ValueError, match="expected_gradients must be"):
+        fused.install(expected_gradients="neither")
+
+
 def test_the_other_outputs_are_those_of_trl():
     values = operands(bias=True)
     arguments = (*values.values(), 0.7, 16, 5.0, 0.5)
     ours, theirs = ChunkedLogProbFunction.apply(*arguments), fused._TRL_FUNCTION.apply(*arguments)
     for our_output, their_output in zip(ours[:2], theirs[:2], strict=True):
         torch.testing.assert_close(our_output, their_output, rtol=1e-5, atol=1e-5)
-    for our_output, their_output in zip(ours[2:], theirs[2:], strict=True):
-        assert torch.equal(our_output, their_output) and not our_output.requires_grad
+    for our_output, their_output in zip(ours[2:4], theirs[2:4], strict=True):
+        torch.testing.assert_close(our_output, their_output, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours[4], theirs[4]) and not any(output.requires_grad for output in ours[2:])
     alone = ChunkedLogProbFunction.apply(*arguments, ("mean_logits",))
-    assert torch.equal(alone[3], theirs[3]) and alone[1] is alone[2] is alone[4] is None
+    assert torch.equal(alone[3], ours[3]) and alone[1] is alone[2] is alone[4] is None
 
 
 def test_the_dtype_of_the_product():
@@ -340,8 +367,8 @@ def trained(name: str, folder) -> tuple[list[dict], dict]:
 @pytest.mark.parametrize("name", TRAINERS)
 def test_trainers_log_the_same_losses(name, tmp_path, monkeypatch):
     calls = []
-    log_probs = fused._log_probs
-    monkeypatch.setattr(fused, "_log_probs", lambda *args: calls.append(1) or log_probs(*args))
+    ours = fused.linear_token_statistics
+    monkeypatch.setattr(fused, "linear_token_statistics", lambda *args, **kw: calls.append(1) or ours(*args, **kw))
     expected, expected_parameters = trained(name, tmp_path / "theirs")
     assert not calls
     with fused.install():

@@ -1,4 +1,4 @@
-"""Further numbers of a row's softmax: right, of the same bits in whichever pass has the logits, and only where wanted."""
+"""Further numbers of a row's softmax: right, of the same bits in either pass over the logits, and only where wanted."""
 
 from __future__ import annotations
 
