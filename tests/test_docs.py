@@ -199,7 +199,8 @@ def test_trls_own_trainers(tmp_path, monkeypatch):
     from copg_kernels.integrations import trl as fused
 
     calls = []
-    monkeypatch.setattr(fused, "linear_logps", lambda *args, **kw: calls.append(1) or linear_logps(*args, **kw))
+    ours = fused.linear_token_statistics
+    monkeypatch.setattr(fused, "linear_token_statistics", lambda *args, **kw: calls.append(1) or ours(*args, **kw))
     model = tiny_trl.policy_with_reference(tmp_path / "reference")
     try:
         trainer = execute(RECIPES["TRL's own trainers"], model=model, **given)["trainer"]
@@ -261,6 +262,24 @@ def test_selective_log_softmax():
         trl_function(logits, index.masked_fill(~row_mask, -100))
 
 
+def test_trls_chunked_log_probs():
+    """Against its own function, gradients of a loss with an entropy bonus included."""
+    trl_function = pytest.importorskip("trl.kernels.chunked_logprob").ChunkedLogProbFunction
+    operands = dict(hidden=torch.randn(6, 16), weight=torch.randn(VOCAB, 16), bias=torch.randn(VOCAB))
+    leaves = {name: x.requires_grad_() for name, x in operands.items()}
+    options = dict(targets=torch.randint(VOCAB, (6,)), temperature=0.7, softcap=5.0, logit_scale=0.5)
+    given = dict(entropy_coef=0.3, policy_loss=lambda logps: (logps * torch.linspace(-1, 1, 6)).sum())
+    ours = execute(MIGRATION["TRL's ChunkedLogProbFunction"], **leaves, **options, **given)
+    targets, temperature, softcap, logit_scale = options.values()
+    arguments = (*leaves.values(), targets, temperature, 16, softcap, logit_scale, ("entropy", "mean_logits"))
+    logps, entropy, _, mean_logits, _ = trl_function.apply(*arguments)
+    loss = given["policy_loss"](logps) - 0.3 * entropy.mean()
+    for name, value in dict(logps=logps, entropy=entropy, mean_logits=mean_logits, loss=loss).items():
+        assert relative_error(ours[name], value) < 1e-5, name
+    gradients = (torch.autograd.grad(value, list(leaves.values())) for value in (ours["loss"], loss))
+    assert all(relative_error(*pair) < 1e-5 for pair in zip(*gradients, strict=True))
+
+
 def test_ligers_dpo_loss():
     """Its formula, with all chosen completions first; its chosen_rewards are beta times these log-ratios."""
     hidden_states, weight, bias = torch.randn(6, 5, 16).double(), torch.randn(VOCAB, 16).double(), torch.randn(VOCAB)
@@ -293,7 +312,7 @@ def test_cut_cross_entropy():
 def test_every_block_has_a_test():
     """By name in this file, so that a new one cannot go without."""
     source = Path(__file__).read_text(encoding="utf-8")
-    assert len(RECIPES) >= 9 and len(MIGRATION) == 3
+    assert len(RECIPES) >= 9 and len(MIGRATION) == 4
     assert [name for name in [*RECIPES, *MIGRATION] if f'"{name}"' not in source] == []
 
 

@@ -27,7 +27,7 @@ _TRL_FUNCTION = chunked_logprob.ChunkedLogProbFunction
 _ARGUMENTS = "hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs".split()
 
 # What `install` was told.
-_expected_gradients = "both"
+_expected_gradients = "logps"
 
 
 class ChunkedLogProbFunction:
@@ -94,15 +94,16 @@ class ChunkedLogProbFunction:
         return tuple(x.float() if x is not None and x.is_floating_point() else x for x in output)
 
 
-def install(expected_gradients: str = "both") -> ExitStack:
+def install(expected_gradients: str = "logps") -> ExitStack:
     """Put `ChunkedLogProbFunction` wherever TRL has its own, in this process and from now on.
 
     SFT, DPO, KTO, GRPO, RLOO and the experimental trainers that use TRL's fused head then take their log-probs from
     `linear_token_statistics`, those that exist already as well as new ones.
 
     Args:
-        expected_gradients: as in `linear_logps_and_entropy`, for frozen heads: "logps" spares a head GEMM where the
-            entropy is only logged.
+        expected_gradients: as in `linear_logps_and_entropy`, for a frozen head. TRL's trainers log the entropy in every
+            step, and only GRPO's entropy bonus differentiates it: with "logps" a step takes two head GEMMs, or four
+            with the bonus, with "both" three.
 
     Returns:
         An ExitStack: `with install(): ...` or `install().close()` undoes it, and so does `uninstall()`. Of calls inside

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from copg_kernels import checks
 from copg_kernels.kernels.head import Head
+from copg_kernels.kernels.row_statistics import Wanted
 from copg_kernels.ops import on_device, plain_head, row_major
 from copg_kernels.parallel.agreement import Call, agree
 from copg_kernels.parallel.shard import HeadCall, describe_head, group_of, place_of
@@ -171,14 +172,17 @@ class _ParallelLogps(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         hidden_states, head = row_major(hidden_states), plain_head(shard, bias, *setting.logit_options)
         tokens, shards = (hidden_states, head, setting.labels), setting.shards
-        options: dict[str, Any] = setting.options | dict(entropy=setting.entropy)
+        options: dict[str, Any] = dict(setting.options)
         with on_device(hidden_states, setting.options["workspace_bytes"]):
             if setting.slopes == "none":
+                options |= dict(entropy=setting.entropy)
                 per_token_logps, lse, entropy = vocab_parallel.token_logps(*tokens, shards, **options)
                 u = lse.new_empty(0)
             else:
                 options |= dict(ignore_index=IGNORED, of_entropy=setting.slopes == "entropy", shards=shards)
-                per_token_logps, lse, u, entropy = frozen_head.token_logps_and_slopes(*tokens, **options)
+                options |= dict(wanted=Wanted(setting.entropy))
+                per_token_logps, lse, u, statistics = frozen_head.token_logps_and_slopes(*tokens, **options)
+                entropy = statistics.entropy
         known = (hidden_states, *head[:2], per_token_logps, lse, entropy)
         ctx.save_for_backward(u, *(known if setting.slopes == "none" or setting.entropy else ()))
         if not setting.entropy:
