@@ -6,15 +6,16 @@ on a CPU, fp32 with fp32 GEMMs on a GPU, for many cards have next to no float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bench.composition import entropy_coef, num_counted
 from bench.inputs import BenchInputs
-from bench.providers import FROZEN, MEAN_CE, TRAINABLE, UPSTREAM
-from copg_kernels.reference import copg_coefficients_ref, linear_logps_bwd_ref, linear_logps_ref
+from bench.providers import BONUS, FROZEN, MEAN_CE, TRAINABLE, UPSTREAM
+from copg_kernels.reference import copg_coefficients_ref, linear_entropy_ref, linear_logps_bwd_ref, linear_logps_ref
 
 WINDOW = 1024  # tokens over which log-probs are summed for the error of a sequence
 
@@ -44,7 +45,7 @@ class Truth(NamedTuple):
     gradients: dict[str, tuple[Tensor, Tensor]]  # dhidden and dweight by pass
 
 
-def exact(inputs: BenchInputs, passes: Iterable[str], dtype: torch.dtype | None = None) -> Truth:
+def exact(inputs: BenchInputs, passes: Collection[str], dtype: torch.dtype | None = None) -> Truth:
     """Log-probs, and gradients for each of `passes` that has them, the logits in chunks of 64 MiB."""
     dtype = dtype or (torch.float32 if inputs.hidden_states.is_cuda else torch.float64)
     hidden_states = inputs.hidden_states.detach()
@@ -63,13 +64,28 @@ def exact(inputs: BenchInputs, passes: Iterable[str], dtype: torch.dtype | None 
         gradients[name] = torch.cat(dhidden), dweight
     if TRAINABLE in gradients:
         gradients[FROZEN] = gradients[TRAINABLE]
+    if BONUS in passes:
+        of_bonus = _entropy_gradients(chunks, weight, -entropy_coef(inputs) / num_counted(inputs))
+        dhidden_part, dweight_part = gradients[TRAINABLE]
+        gradients[BONUS] = dhidden_part + of_bonus[0], dweight_part + of_bonus[1]
     return Truth(token_logps, gradients)
 
 
-def _upstream(inputs: BenchInputs, token_logps: Tensor, passes: Iterable[str]) -> dict[str, Tensor]:
-    """(T,) gradient of each pass's loss in the token log-probs; a frozen head has that of a trainable one."""
+def _entropy_gradients(chunks: list[tuple[Tensor, Tensor]], weight: Tensor, upstream: float) -> tuple[Tensor, Tensor]:
+    """dhidden and dweight where every entropy has the same upstream gradient: autograd through the specification."""
+    leaf, dhidden, dweight = weight.detach().requires_grad_(), [], torch.zeros_like(weight)
+    for hidden_states, labels in chunks:
+        rows = hidden_states.to(weight.dtype).detach().requires_grad_()
+        dx, dw = torch.autograd.grad(upstream * linear_entropy_ref(rows, leaf, labels).sum(), (rows, leaf))
+        dhidden.append(dx)
+        dweight += dw
+    return torch.cat(dhidden), dweight
+
+
+def _upstream(inputs: BenchInputs, token_logps: Tensor, passes: Collection[str]) -> dict[str, Tensor]:
+    """(T,) gradient of each pass's loss in the token log-probs; three passes have that of a trainable head."""
     upstream = {}
-    if TRAINABLE in passes or FROZEN in passes:
+    if any(name in passes for name in (TRAINABLE, FROZEN, BONUS)):
         length = len(token_logps) // len(inputs.rewards)
         coefficients = copg_coefficients_ref(
             token_logps.double().view(-1, length).sum(1),
@@ -82,8 +98,7 @@ def _upstream(inputs: BenchInputs, token_logps: Tensor, passes: Iterable[str]) -
     if UPSTREAM in passes:
         upstream[UPSTREAM] = inputs.dlogps
     if MEAN_CE in passes:
-        counted = len(inputs.labels) if inputs.counted is None else len(inputs.counted)
-        upstream[MEAN_CE] = torch.full_like(inputs.dlogps, -1 / counted)
+        upstream[MEAN_CE] = torch.full_like(inputs.dlogps, -1 / num_counted(inputs))
     return upstream
 
 

@@ -20,8 +20,9 @@ from bench.inputs import BenchInputs, Shape, make_inputs
 from bench.loaders import LOADERS
 from bench.memory import host_peak
 from bench.provenance import ROOT
-from bench.providers import LOG_PROBS, MEAN_CE, PASSES, TRAINABLE, Provider, Run, bind
+from bench.providers import BONUS, LOG_PROBS, MEAN_CE, PASSES, TRAINABLE, Provider, Run, bind
 
+NO_ENTROPY = "not available: no gradient of the entropy"
 WARM_UP = Shape("warm-up", 64, 16, 8, 4)
 Weigh = Callable[[Run], tuple[tuple[Tensor, ...], int | None]]  # runs it; what it returned and its peak
 
@@ -69,6 +70,8 @@ def check(
             row = row._replace(status=wrong(row.errors, dtype, provider.gradient_error) or "ok")
         if pass_name in wanted:
             rows.append(row)
+    if BONUS in passes and BONUS not in runs and provider.log_probs is not None:  # a ceiling has rows of its own
+        rows.append(Checked(name, BONUS, NO_ENTROPY))
     return rows
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from functools import partial
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -34,8 +35,11 @@ def load_trl(device: torch.device) -> Provider:
     _bare_package("trl.trainer", folder / "trainer")
     _stub("trl.trainer.utils", maybe_gather_lm_head_ctx=lambda *parameters: nullcontext())
     function = import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
-    options = (1.0, 32768, None, 1.0, ())  # temperature, vocabulary tile, softcap, scale, further outputs
-    return composed(lambda hidden, weight, labels: function.apply(hidden, weight, None, labels, *options)[0])
+    options = (1.0, 32768, None, 1.0)  # temperature, vocabulary tile, softcap, scale; then further outputs
+    return composed(
+        lambda hidden, weight, labels: function.apply(hidden, weight, None, labels, *options, ())[0],
+        lambda hidden, weight, labels: function.apply(hidden, weight, None, labels, *options, ("entropy",))[:2],
+    )
 
 
 def load_liger_cute(device: torch.device) -> Provider:
@@ -47,7 +51,11 @@ def load_liger_cute(device: torch.device) -> Provider:
     _installed("cutlass", NO_CUTE)
     module = import_module("liger_kernel.ops.fused_linear_scaled_cross_entropy")
     function = module.LigerFusedLinearScaledCrossEntropyFunction
-    return composed(lambda hidden, weight, labels: -function.apply(hidden, weight, labels))
+    options = (1.0, -100, 1, True)  # temperature, ignored label, token tiles a cluster, with the entropy
+    return composed(
+        lambda hidden, weight, labels: -function.apply(hidden, weight, labels),
+        lambda hidden, weight, labels: _of_scaled_ce(function.apply(hidden, weight, labels, *options)),
+    )
 
 
 def load_liger_torch(device: torch.device) -> Provider:
@@ -55,7 +63,16 @@ def load_liger_torch(device: torch.device) -> Provider:
     _installed("liger_kernel")
     module = import_module("liger_kernel.ops.fused_linear_scaled_cross_entropy")
     function = module._FusedLinearPPOFallbackFunction
-    return composed(lambda hidden, weight, labels: -function.apply(hidden, weight, labels, 1.0, -100, False))
+    return composed(
+        lambda hidden, weight, labels: -function.apply(hidden, weight, labels, 1.0, -100, False),
+        lambda hidden, weight, labels: _of_scaled_ce(function.apply(hidden, weight, labels, 1.0, -100, True)),
+    )
+
+
+def _of_scaled_ce(outputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies; the entropies come in the dtype of the hidden states, and are summed in fp32."""
+    losses, entropy = outputs
+    return -losses, entropy.float()
 
 
 def load_liger_flce(device: torch.device) -> Provider:
@@ -81,8 +98,13 @@ def load_verl(device: torch.device) -> Provider:
         is_cuda_available=True,
     )
     function = import_module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
-    # Times one, because it refuses the expanded gradient that a sum hands back; a product makes that a full one.
-    return composed(lambda hidden, weight, labels: 1.0 * function(hidden, weight, labels, 1.0, "none")[0])
+
+    def logps_and_entropy(hidden_states: Tensor, lm_head_weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logps, entropy = function(hidden_states, lm_head_weight, labels, 1.0, "none")
+        # Times one, because it refuses the expanded gradient that a sum hands back; a product makes that a full one.
+        return 1.0 * logps, 1.0 * entropy
+
+    return composed(lambda *operands: logps_and_entropy(*operands)[0], logps_and_entropy)
 
 
 def load_cce(device: torch.device) -> Provider:
@@ -115,7 +137,8 @@ def load_unsloth(device: torch.device) -> Provider:
         assert spec is not None and spec.loader is not None
         sys.modules[name] = module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
-    return composed(sys.modules[name].fused_linear_logprobs)
+    function = sys.modules[name].fused_linear_logprobs
+    return composed(function, partial(function, return_entropy=True))
 
 
 def load_flash_attn(device: torch.device) -> Provider:

@@ -31,7 +31,7 @@ from bench.loaders import LOADERS
 from bench.measure import Settings, measure_table, num_steps
 from bench.plot import save_plots
 from bench.provenance import ROOT, provenance
-from bench.providers import FROZEN, LOG_PROBS, TRAINABLE, UPSTREAM
+from bench.providers import BONUS, FROZEN, LOG_PROBS, TRAINABLE, UPSTREAM
 from bench.suites import CHOSEN, FIDELITY, MAIN_PASSES, MINUTES, SUITES, Job, title
 from bench.summaries import summaries
 from bench.tables import plain
@@ -135,7 +135,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--minutes", type=float, help="time for a suite's tables; default: 3 for quick, 9 for full")
     add("--shapes", nargs="+", choices=SHAPES, metavar="SHAPE", help=", ".join(SHAPES))
     add("--regimes", nargs="+", choices=(*REGIMES, "flat"))
-    add("--passes", nargs="+", choices=(LOG_PROBS, TRAINABLE, FROZEN, UPSTREAM), metavar="PASS")
+    add("--passes", nargs="+", choices=(LOG_PROBS, TRAINABLE, FROZEN, UPSTREAM, BONUS), metavar="PASS")
     add("--ignored", type=float, metavar="SHARE", help="share of tokens with an ignored label")
     add("--group-size", type=positive)
     add("--tokens", type=positive)

@@ -8,10 +8,21 @@ import torch
 
 from bench.inputs import CPU_SHAPES, MODEL_SHAPES, Shape
 from bench.loaders import EAGER, LOADERS, OURS, OURS_SPARSE
-from bench.providers import FROZEN, LOG_PROBS, TRAINABLE, UPSTREAM
+from bench.providers import BONUS, FROZEN, LOG_PROBS, TRAINABLE, UPSTREAM
 
 # The pair every comparison needs, with the one whose speed hangs on the regime: it drops negligible tiles.
 FEW = (EAGER, "cut-cross-entropy", OURS)
+# Those whose entropy has a gradient; a test holds the list to what the providers offer.
+WITH_ENTROPY = (
+    EAGER,
+    "compiled eager",
+    "trl",
+    "liger scaled CE (CuTe)",
+    "liger scaled CE (torch)",
+    "verl",
+    "unsloth_zoo",
+    OURS,
+)
 MAIN_PASSES = (LOG_PROBS, TRAINABLE, FROZEN)
 SCALING = "scaling"
 HEADS = "heads"
@@ -46,6 +57,8 @@ def full(device: torch.device) -> list[Job]:
             Job("regimes", varied, regime, (TRAINABLE, FROZEN), (*FEW, OURS_SPARSE))  # it hangs on the regime, too
             for regime in ("base", "tuned", "flat")
         ),
+        # The same loss without the bonus beside it, which says what the bonus costs.
+        Job(BONUS, varied, passes=(TRAINABLE, BONUS), providers=WITH_ENTROPY),
         Job("ignored tokens", varied._replace(ignored=0.5), providers=FEW),
         _long_group(varied),
         *_growing(varied),
@@ -56,7 +69,7 @@ def full(device: torch.device) -> list[Job]:
 def tiny(device: torch.device) -> list[Job]:
     """Some tables of a GPU's full suite, in moments on any device: a rehearsal, whose times mean nothing."""
     one_each = {job.about: job for job in full(torch.device("cuda"))}
-    chosen = (one_each[about] for about in (HEADS, "regimes", "ignored tokens"))
+    chosen = (one_each[about] for about in (HEADS, "regimes", BONUS, "ignored tokens"))
     return [job._replace(shape=_shrunk(job.shape)) for job in chosen]
 
 

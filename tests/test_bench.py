@@ -7,10 +7,23 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import accuracy, checks, loaders, measure, memory, provenance, providers, report, suites, tables, timing
+from bench import (
+    accuracy,
+    checks,
+    composition,
+    loaders,
+    measure,
+    memory,
+    provenance,
+    providers,
+    report,
+    suites,
+    tables,
+    timing,
+)
 from bench import inputs as inputs_module
 from bench.inputs import MODEL_SHAPES, REGIMES, BenchInputs, Shape, density, make_inputs
-from copg_kernels.reference import linear_copg_loss_ref, linear_logps_ref
+from copg_kernels.reference import copg_loss_ref, linear_copg_loss_ref, linear_logps_ref
 
 TINY = Shape("tiny", 331, 32, 48, 6, group_size=4)
 CPU = torch.device("cpu")
@@ -99,7 +112,7 @@ def test_shapes_are_whole_groups():
 
 
 def checked(name, inputs):
-    """Rows of a provider that is there, all four passes; skips where it is not."""
+    """Rows of a provider that is there, all five passes; skips where it is not."""
     passes = tuple(name for name in providers.PASSES if name != providers.MEAN_CE)
     found, missing = checks.load_providers((name,), CPU)
     if missing:
@@ -132,12 +145,60 @@ def test_truth_is_autograd_through_the_specification(monkeypatch):
     torch.testing.assert_close(truth.gradients[providers.UPSTREAM], upstream)
 
 
+@pytest.mark.parametrize("ignored", [0.0, 0.5])
+def test_truth_of_the_bonus_is_autograd_through_full_logits(ignored):
+    inputs = make_inputs(TINY._replace(ignored=ignored), "rl", torch.float32, "cpu")
+    operands = [t.detach().double().requires_grad_() for t in inputs[:2]]
+    softmax = torch.distributions.Categorical(logits=operands[0] @ operands[1].T)
+    counts = inputs.labels != -100
+    token_logps = softmax.log_prob(inputs.labels.where(counts, 0)) * counts
+    copg = copg_loss_ref(
+        token_logps.view(8, 6).sum(1),
+        inputs.ref_logps.double(),
+        inputs.rewards.double(),
+        beta=inputs.beta,
+        group_size=4,
+    )
+    loss = copg - composition.entropy_coef(inputs) * softmax.entropy()[counts].mean()
+    expected = torch.autograd.grad(loss, operands)
+    truth = accuracy.exact(inputs, [providers.BONUS])
+    torch.testing.assert_close(truth.gradients[providers.BONUS], expected)
+    # Neither part is so small beside the other that a mistake in it would pass.
+    total, (of_copg, _) = expected[0].norm(), truth.gradients[providers.TRAINABLE]
+    assert of_copg.norm() > 0.25 * total and (expected[0] - of_copg).norm() > 0.25 * total
+
+
 @pytest.mark.parametrize("name", [loaders.EAGER, loaders.OURS, "torch linear_cross_entropy"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sound_providers_pass(name, dtype):
     rows = checked(name, tiny_inputs(dtype=dtype))
-    assert [row.status for row in rows] == ["ok"] * 4
+    last = "ok" if name in suites.WITH_ENTROPY else checks.NO_ENTROPY
+    assert [row.status for row in rows] == ["ok"] * 4 + [last]
     assert rows[1].errors.dweight > 0 and rows[2].errors.dweight is None
+
+
+# How a provider might get the bonus wrong: what it does to the entropies of the 24 of 48 tokens that count.
+WRONG_BONUS = {
+    "sign": lambda entropy: -entropy,
+    "mean over all tokens": lambda entropy: entropy / 2,
+    "none": torch.zeros_like,
+}
+
+
+# The bound of 16-bit operands is half of the gradient: it catches what turns the bonus around.
+@pytest.mark.parametrize(
+    ("fault", "dtype"), [*((fault, torch.float32) for fault in WRONG_BONUS), ("sign", torch.bfloat16)]
+)
+def test_wrong_bonus_costs_its_pass_the_time_and_no_other(monkeypatch, fault, dtype):
+    def faulty(*operands):
+        logps, entropy = providers.eager_logps_and_entropy(*operands)
+        return logps, WRONG_BONUS[fault](entropy)
+
+    planted = {"faulty": lambda device: providers.composed(providers.eager_token_logps, faulty)}
+    monkeypatch.setattr(checks, "LOADERS", planted)
+    *others, row = checked("faulty", make_inputs(TINY._replace(ignored=0.5), "rl", dtype, "cpu"))
+    assert [other.status for other in others] == ["ok"] * 4
+    assert (row.pass_name, row.status[:13]) == (providers.BONUS, "wrong numbers")
 
 
 @pytest.mark.parametrize("fault", ["log-probs", "gradients", "nan"])

@@ -33,7 +33,7 @@ GPU_PEERS = ("liger scaled CE (CuTe)", "liger FLCE", "verl", "cut-cross-entropy"
 @pytest.mark.parametrize("ignored", [0.0, 0.5])
 def test_installed_peer_agrees_with_the_specification(name, ignored):
     rows = checked(name, make_inputs(TINY._replace(ignored=ignored), "rl", torch.float32, "cpu"))
-    assert [row.status for row in rows] == ["ok"] * 4
+    assert [row.status for row in rows] == ["ok"] * 5
 
 
 @pytest.mark.parametrize("name", [*CPU_PEERS, *GPU_PEERS, "flash-attn on logits", "quack (ceiling)"])
@@ -110,6 +110,7 @@ def test_units_of_each_case():
         "loss+gradients": 3,
         "frozen head": 2,
         "any gradient": 4,
+        "entropy bonus": 3,
         providers.MEAN_CE: 3,
     }
 
@@ -120,6 +121,23 @@ def test_frozen_head_gets_no_weight_gradient():
     (dhidden,) = runs[providers.FROZEN]()
     torch.testing.assert_close(dhidden, runs[providers.TRAINABLE]()[0])
     assert len(runs[providers.UPSTREAM]()) == 2
+
+
+def test_bonus_is_a_pass_of_those_whose_entropy_has_a_gradient():
+    found, missing = checks.load_providers(tuple(loaders.LOADERS), CPU)
+    offered = {name for name, provider in found.items() if provider.bonus_loss is not None}
+    assert offered == set(suites.WITH_ENTROPY) - {row.provider for row in missing}
+
+
+def test_provider_without_an_entropy_says_so(monkeypatch):
+    named = {name: loaders.LOADERS[name] for name in (loaders.EAGER, "torch linear_cross_entropy")}
+    monkeypatch.setitem(named, "ceiling", lambda device: providers.Provider(None, lambda inputs: torch.zeros(())))
+    rows = tiny_table(monkeypatch, named, passes=(providers.BONUS,))["rows"]
+    assert [(row["provider"], row["status"]) for row in rows] == [
+        (loaders.EAGER, "ok"),
+        ("torch linear_cross_entropy", checks.NO_ENTROPY),
+    ]
+    assert rows[0]["over_floor"] > 0 and rows[1]["seconds"] is None
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -133,6 +151,8 @@ def test_suites_list_what_they_promise(device):
         assert expected == (shape.num_tokens, shape.hidden_size, shape.vocab_size, shape.group_size, 256)
     jobs = suites.full(torch.device(device))
     assert providers.UPSTREAM in jobs[0].passes
+    (with_bonus,) = (job for job in jobs if providers.BONUS in job.passes)
+    assert set(with_bonus.providers) == set(suites.WITH_ENTROPY)
     assert {job.regime for job in jobs} == {"base", "tuned", "rl", "flat"}
     assert {job.shape.group_size for job in jobs} == {2, 4, 8} and {job.shape.ignored for job in jobs} == {0.0, 0.5}
     sizes = [job.shape.num_tokens for job in jobs if job.about == suites.SCALING]

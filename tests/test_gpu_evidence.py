@@ -313,7 +313,7 @@ def test_only_takes_no_tables_of_ones_own(capsys):
 
 def test_the_rehearsed_suite_is_tiny():
     jobs = suites.tiny(CPU)
-    assert [job.about for job in jobs] == ["heads", "regimes", "ignored tokens"]
+    assert [job.about for job in jobs] == ["heads", "regimes", "entropy bonus", "ignored tokens"]
     for job in jobs:
         assert job.shape.num_tokens % (job.shape.completion_length * job.shape.group_size) == 0
         assert job.shape.num_tokens * job.shape.vocab_size <= 2**16
