@@ -99,6 +99,7 @@ def test_ignored_tokens_count_for_nothing():
     assert torch.equal(inputs.counted, (inputs.labels != -100).nonzero().squeeze(1)) and len(inputs.counted) == 24
     ours, eager = (loaders.LOADERS[name](CPU) for name in (loaders.OURS, loaders.EAGER))
     torch.testing.assert_close(ours.loss(inputs), eager.loss(inputs))
+    torch.testing.assert_close(ours.bonus_loss(inputs), eager.bonus_loss(inputs))
     torch.testing.assert_close(ours.log_probs(inputs), eager.log_probs(inputs))
     logits = timing.floor_cases(inputs)["logits"]()
     assert logits.shape == (24, shape.vocab_size)
