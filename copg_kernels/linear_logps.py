@@ -193,8 +193,7 @@ def linear_token_statistics(
         (...,) bool. None where not asked for.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `linear_logps_and_entropy`; a name in outputs that is none of the
-        four.
+        TypeError, ValueError, NotImplementedError: as `linear_logps_and_entropy`; outputs has a name that is not of these.
     """
     head = Head(lm_head_weight, bias, logit_scale, softcap, temperature)
     checks.check_ignore_index(ignore_index)
