@@ -193,7 +193,7 @@ def linear_token_statistics(
         (...,) bool. None where not asked for.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: as `linear_logps_and_entropy`; outputs has a name that is not of these.
+        TypeError, ValueError, NotImplementedError: as `linear_logps_and_entropy`; outputs has another name than these.
     """
     head = Head(lm_head_weight, bias, logit_scale, softcap, temperature)
     checks.check_ignore_index(ignore_index)
