@@ -34,8 +34,8 @@ def small_case():
 
 def test_sparse_provider_is_held_to_a_bound_of_its_own():
     rows = checked(loaders.OURS_SPARSE, make_inputs(SMALL, "rl", torch.float32, "cpu"))
-    assert [row.status for row in rows] == ["ok"] * 4
-    for row in rows[1:]:
+    assert [row.status for row in rows] == ["ok"] * 4 + ["not available: no gradient of the entropy"]
+    for row in rows[1:4]:
         assert 3e-4 < row.errors.dhidden < 3e-3 and accuracy.wrong(row.errors, torch.float32) is not None
     assert rows[0].errors.logps < 1e-4
 

@@ -99,11 +99,11 @@ def test_outputs(backend):
         output.loss, copg_loss(logps, batch["ref_logps"], batch["rewards"], beta=0.3, group_size=4)
     )
     assert output.loss.requires_grad and not any(value.requires_grad for value in output[1:5])
-    names = ("loss", "logps", "regularized_rewards", "log_ratios", "gemm_units", "sparsity", "entropy")
-    assert output._fields == names and len(output) == 7 and type(output).__bases__ == (tuple,)
+    names = ("loss", "logps", "regularized_rewards", "log_ratios", "gemm_units", "sparsity", "entropy", "mean_entropy")
+    assert output._fields == names and len(output) == 8 and type(output).__bases__ == (tuple,)
     assert output.gemm_units == 3 and output.gemm_units.dtype == torch.int64
     assert output.gemm_units.device == output.loss.device
-    assert output.sparsity is None and output.entropy is None
+    assert output.sparsity is None and output.entropy is None and output.mean_entropy is None
 
 
 def test_at_the_reference_the_log_ratio_is_exactly_0(backend):

@@ -195,7 +195,7 @@ def exp_tiles(
         nothing = ScaledTile(workspace[:0].view(R, 0), torch.zeros_like(label_logits), label_logits)
         return partials_of_no_entries(label_logits, torch.float32, wanted), nothing
     way = way_of(head.weight, "loss")
-    blocks = blocks_of(head.weight, way)
+    blocks = blocks_of(head.weight, way, many_numbers=computed(wanted).is_top1)
     stride_tile = row_stride(V)
     tiles = empty_partials(triton.cdiv(V, blocks.BLOCK_V), R, hidden_states.device, computed(wanted))
     kept = ScaledTile(

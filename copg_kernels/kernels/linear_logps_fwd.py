@@ -96,7 +96,11 @@ def _linear_logps_fwd_kernel(
     running_max = tl.full((BLOCK_N,), LOWEST, dtype=tl.float32)
     running_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
     running_weighted = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    label_logit = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    running_squares = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    running_before = tl.full((BLOCK_N,), LOWEST, dtype=tl.float32)
+    # These sums wait for the next tile in memory: there is no register left that could live through the epilogue.
+    first = split.to(tl.int64) * R
+    store_wanted(partial_logits_ptr, first + offs_n, running_sum, mask_n)
     begin = split * TILES_PER_SPLIT
     end = tl.minimum(begin + TILES_PER_SPLIT, tl.cdiv(V, BLOCK_V))
     # Hoisting the epilogue's column indices out of the loop would cost the registers that the accumulator needs.
@@ -109,30 +113,29 @@ def _linear_logps_fwd_kernel(
         tile_max = tile_maximum(parts)
         lowest = lowest_logit(inv_softcap, inv_temperature, HAS_CAP)
         has_label = holds_label(label, tile * BLOCK_V, BLOCK_V)
-        # These wait for the next tile in memory: registers that live through the epilogue would be spilled.
-        offset = split.to(tl.int64) * R + offs_n
-        is_later = tile > begin + tl.zeros_like(offs_n)
         if partial_before_ptr is not None:
             before = largest_before(parts, tile_max, has_label, label, tile * BLOCK_V, BLOCK_V)
-            so_far = read_back(partial_before_ptr + offset, mask_n & is_later, LOWEST)
-            tl.store(partial_before_ptr + offset, tl.maximum(so_far, before), mask=mask_n)
+            running_before = tl.maximum(running_before, before)
         if partial_logits_ptr is not None:
             tile_logits = sum_of_logits(parts, tile * BLOCK_V, V, EVEN_V, BLOCK_V)
-            so_far = read_back(partial_logits_ptr + offset, mask_n & is_later, 0.0)
-            tl.store(partial_logits_ptr + offset, so_far + tile_logits, mask=mask_n)
+            so_far = read_back(partial_logits_ptr + first + offs_n, mask_n)
+            tl.store(partial_logits_ptr + first + offs_n, so_far + tile_logits, mask=mask_n)
+        tile_label = tl.zeros((BLOCK_N,), dtype=tl.float32)
         tile_squares = tl.zeros((BLOCK_N,), dtype=tl.float32)
         sums = tl.zeros((BLOCK_N, BLOCK_V // 4), dtype=tl.float32)
         weighted = tl.zeros((BLOCK_N, BLOCK_V // 4), dtype=tl.float32)
         for part in tl.static_range(len(parts)):
             start_v = tile * BLOCK_V + part * (BLOCK_V // len(parts))
             z, at_label = take_out_label(parts[part], has_label, label, start_v, lowest)
-            label_logit += at_label
+            tile_label += at_label
             exps, distance = exponentials(z, tile_max)
             sums += exps
             if partial_weighted_ptr is not None:
                 weighted += weighted_terms(exps, distance)
             if partial_squares_ptr is not None:
                 tile_squares += tl.sum(exps * exps, 1)
+        is_here = (label >= tile * BLOCK_V) & (label < (tile + 1) * BLOCK_V)
+        tl.store(label_logits_ptr + offs_n, tile_label, mask=mask_n & is_here)
         tile_sum = tl.sum(sums, 1)
         if partial_weighted_ptr is not None:
             tile_weighted = tl.sum(weighted, 1) * LN_2
@@ -140,18 +143,16 @@ def _linear_logps_fwd_kernel(
                 running_max, running_sum, running_weighted, tile_max, tile_sum, tile_weighted
             )
         if partial_squares_ptr is not None:
-            so_far = read_back(partial_squares_ptr + offset, mask_n & is_later, 0.0)
-            squares = merge_squares(running_max, so_far, tile_max, tile_squares)
-            tl.store(partial_squares_ptr + offset, squares, mask=mask_n)
+            running_squares = merge_squares(running_max, running_squares, tile_max, tile_squares)
         running_max, running_sum = merge_statistics(running_max, running_sum, tile_max, tile_sum)
 
-    # 3. One write per row and split; the label's logit by the split that holds it.
+    # 3. One write per row and split.
     offset = split.to(tl.int64) * R + offs_n
     tl.store(partial_max_ptr + offset, running_max, mask=mask_n)
     tl.store(partial_sum_ptr + offset, running_sum, mask=mask_n)
     store_wanted(partial_weighted_ptr, offset, running_weighted, mask_n)
-    is_here = (label >= begin * BLOCK_V) & (label < end * BLOCK_V)
-    tl.store(label_logits_ptr + offs_n, label_logit, mask=mask_n & is_here)
+    store_wanted(partial_squares_ptr, offset, running_squares, mask_n)
+    store_wanted(partial_before_ptr, offset, running_before, mask_n)
 
 
 def linear_logps_fwd(
@@ -163,7 +164,7 @@ def linear_logps_fwd(
     """
     R, V = rows.row_index.numel(), head.weight.shape[0]
     way = way_of(head.weight, "logps")
-    blocks = blocks_of(head.weight, way)
+    blocks = blocks_of(head.weight, way, many_numbers=computed(wanted).is_top1)
     split_width = blocks.BLOCK_V * blocks.tiles_per_split
     partials = empty_partials(triton.cdiv(V, split_width), R, hidden_states.device, computed(wanted))
     if R == 0:

@@ -36,13 +36,20 @@ def _drops_digits() -> bool:
     return torch.backends.cuda.matmul.fp32_precision not in ("ieee", "none")
 
 
-def blocks_of(weight: Tensor, way: str) -> Blocks:
-    """The entry that kernels take: of a kernel that only reads, a tile that is small and as wide."""
+def blocks_of(weight: Tensor, way: str, *, many_numbers: bool = False) -> Blocks:
+    """The entry that kernels take: of a kernel that only reads, a tile that is small and as wide.
+
+    many_numbers: of a kernel that computes all of `Wanted`. Where operands come through registers, these do not suffice
+    for as many rows. A logit does not depend on the rows beside it.
+    """
     blocks = head_blocks(weight)
+    # Left alone, the assembler aims at an occupancy that it has to spill for.
+    most_registers = 128 if way == "sliced" else 255
+    registers = None if device_kind(weight.device) in ("gfx942", "interpreter") else most_registers
+    if way == "fused" and many_numbers and not blocks.use_tma:
+        return blocks._replace(BLOCK_N=max(16, blocks.BLOCK_N // 2), max_registers=registers)
     if way == "fused":
         return blocks
-    # Left alone, the assembler aims at an occupancy that it has to spill for.
-    registers = None if device_kind(weight.device) in ("gfx942", "interpreter") else 128
     return blocks._replace(
         BLOCK_N=min(blocks.BLOCK_N, 32),
         num_warps=4,

@@ -201,7 +201,7 @@ def store_wanted(out_ptr, offset, value, mask):
 
 
 @jit
-def read_back(pointers, mask, other):
-    """[BLOCK_N] numbers that this program has written there, `other` where the mask says that it has not."""
+def read_back(pointers, mask):
+    """[BLOCK_N] numbers that this program has written there."""
     tl.debug_barrier()  # The thread that has written a number need not be the one that reads it.
-    return tl.load(pointers, mask=mask, other=other)
+    return tl.load(pointers, mask=mask, other=0.0)
