@@ -40,14 +40,14 @@ def blocks_of(weight: Tensor, way: str, *, many_numbers: bool = False) -> Blocks
     """The entry that kernels take: of a kernel that only reads, a tile that is small and as wide.
 
     many_numbers: of a kernel that computes all of `Wanted`. Where operands come through registers, these do not suffice
-    for as many rows. A logit does not depend on the rows beside it.
+    for as many rows as in the widest tiles. A logit does not depend on the rows beside it.
     """
     blocks = head_blocks(weight)
     # Left alone, the assembler aims at an occupancy that it has to spill for.
     most_registers = 128 if way == "sliced" else 255
     registers = None if device_kind(weight.device) in ("gfx942", "interpreter") else most_registers
-    if way == "fused" and many_numbers and not blocks.use_tma:
-        return blocks._replace(BLOCK_N=max(16, blocks.BLOCK_N // 2), max_registers=registers)
+    if way == "fused" and many_numbers and blocks.BLOCK_N > 64 and not blocks.use_tma:
+        return blocks._replace(BLOCK_N=blocks.BLOCK_N // 2, max_registers=registers)
     if way == "fused":
         return blocks
     return blocks._replace(
