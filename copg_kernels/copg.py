@@ -209,8 +209,8 @@ def linear_copg_loss(
         return_entropy: also each token's entropy, as `linear_logps_and_entropy` has it, at no GEMM more. Not together
             with sparse_eps: a compact softmax has lost the entropy.
         entropy_coef: strength of an entropy bonus: minus this times the mean entropy of all counted tokens is added to
-            the loss, in nats per token. It takes no head GEMM more; `output.mean_entropy` is there to be logged apart.
-            Not together with sparse_eps.
+            the loss, in nats per token. It takes no head GEMM more, but with a frozen head one where a group's logits
+            exceed workspace_bytes. `output.mean_entropy` is there to be logged apart. Not together with sparse_eps.
         bias, logit_scale, softcap, temperature, ignore_index, sparse_eps, workspace_bytes, backend: as `linear_logps`.
 
     Returns:

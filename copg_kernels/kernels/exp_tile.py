@@ -186,8 +186,8 @@ def exp_tiles(
 ) -> tuple[Partials, ScaledTile]:
     """Packed rows (R, H), head (V, H) -> row statistics, and exponentials in the workspace (its elements, flat).
 
-    keeps_slope: with the cap's derivative, unless `add_entropy` is to put it in. V may be 0, as a
-    rank's shard of the vocabulary may.
+    keeps_slope: with the cap's derivative, unless `add_entropy` is to put it in. V may be 0, as a rank's shard of the
+    vocabulary may.
     """
     R, V = rows.row_index.numel(), head.weight.shape[0]
     if V == 0:
